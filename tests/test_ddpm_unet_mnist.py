@@ -1,0 +1,618 @@
+"""The first script: its model, method and sampler against oracles, and its runs as a user makes them."""
+
+import fcntl
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import TINY
+from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
+from PIL import Image
+
+import common
+import ddpm_unet_mnist as ddpm
+from ddpm_unet_mnist import Config
+
+NAME = "ddpm_unet_mnist.py"
+
+# ------------------------------------------------------------------------------------------------
+# Model
+
+
+@pytest.mark.parametrize("backbone", ["unet", "resunet"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"shape": (3, 32, 32), "attention": (16, 8), "blocks": 2, "num_classes": 3},
+        {"shape": (1, 16, 16), "mults": (1,), "attention": (16,), "dropout": 0.1},
+        {"shape": (1, 28, 28), "mults": (1, 2, 3), "grad_checkpoint": True},
+    ],
+)
+def test_shapes_and_gradients(backbone, more):
+    cfg = replace(Config(backbone=backbone, width=8), **more)
+    ddpm.check(cfg)
+    model = ddpm.build_model(cfg)
+    x, t, y = torch.randn(3, *cfg.shape), torch.rand(3), torch.tensor([0, 1, cfg.num_classes])
+    assert torch.equal(model(x, t, y), torch.zeros_like(x))  # zero-initialised head
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    model.eval()
+    out = model(x, t, y)
+    assert out.shape == x.shape
+    for other in (model(x, 1 - t, y), model(x, t, y.flip(0)), model(x.flip(-1), t, y)):
+        assert not torch.allclose(out, other)  # time, class and image all matter
+    torch.testing.assert_close(model(x[1:], t[1:], y[1:]), out[1:])  # samples do not see each other
+    model.train()
+    model(x, t, y).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_grad_checkpoint_changes_memory_alone():
+    cfg = Config(width=8, mults=(1, 2))
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = ddpm.build_model(replace(cfg, grad_checkpoint=recompute))
+        torch.nn.init.normal_(model.head[-1].weight)
+        torch.manual_seed(1)
+        model(torch.randn(2, 1, 28, 28), torch.rand(2), torch.tensor([0, 1])).square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*grads)
+
+
+# ------------------------------------------------------------------------------------------------
+# Method and sampler against diffusers and closed forms
+
+
+def scheduler(cfg, **more):
+    """diffusers' DDPM with our configuration, its tables recomputed in float64."""
+    kind = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[cfg.objective]
+    names = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+    s = DDPMScheduler(
+        cfg.timesteps,
+        beta_schedule=names[cfg.schedule],
+        prediction_type=kind,
+        clip_sample=cfg.clip_x0,
+        **more,
+    )
+    if cfg.schedule == "linear":
+        betas = torch.linspace(1e-4, 0.02, cfg.timesteps, dtype=torch.float64)
+    else:
+        betas = betas_for_alpha_bar(cfg.timesteps).double()  # float32 inside: good to 1e-7
+    s.betas, s.alphas = betas, 1 - betas
+    s.alphas_cumprod = torch.cumprod(s.alphas, 0)
+    s.one = torch.ones((), dtype=torch.float64)
+    return s
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_schedule_is_that_of_diffusers(schedule):
+    cfg = Config(schedule=schedule)
+    theirs = scheduler(cfg).alphas_cumprod
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    alpha, sigma = ddpm.path(t, cfg)
+    torch.testing.assert_close(alpha, theirs.sqrt(), rtol=1e-12 if schedule == "linear" else 1e-4, atol=1e-7)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t), rtol=1e-12, atol=0)
+    zero = torch.zeros(1, dtype=torch.float64)
+    assert [v.item() for v in ddpm.path(zero, cfg)] == [1, 0]  # t = 0 is data
+
+
+@pytest.mark.parametrize("timesteps", [50, 1000])
+def test_zero_terminal_snr(timesteps):
+    cfg = Config(schedule="linear", zero_snr=True, timesteps=1000)
+    theirs = DDPMScheduler(1000, rescale_betas_zero_snr=True).alphas_cumprod.double()
+    alpha, _ = ddpm.path(torch.arange(1, 1001, dtype=torch.float64) / 1000, cfg)
+    torch.testing.assert_close(alpha[:-1] ** 2, theirs[:-1], rtol=2e-3, atol=2e-7)
+    alpha, sigma = ddpm.path(torch.ones(1, dtype=torch.float64), replace(cfg, timesteps=timesteps))
+    assert alpha.item() == 0 and sigma.item() == 1
+
+
+@pytest.mark.parametrize("objective", ["eps", "v", "x0"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_ancestral_steps_are_those_of_diffusers(objective, schedule, clip):
+    cfg = Config(objective=objective, schedule=schedule, clip_x0=clip, class_dropout=1.0)
+    theirs = scheduler(cfg)
+    ours = theirs.alphas_cumprod
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for k in [*range(1000, 0, -37), 2, 1]:
+        out = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(k))
+        want = theirs.step(out, k - 1, x, generator=torch.Generator().manual_seed(7)).prev_sample
+        t, s = (torch.full((2,), j / 1000, dtype=torch.float64) for j in (k, k - 1))
+        x0, _ = ddpm.predict(lambda *_, out=out: out, x, t, torch.zeros(2, dtype=torch.long), cfg)
+        x0 = x0.clamp(-1, 1) if clip else x0
+        noise = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(7))
+        got = ddpm.ancestral_step(x, x0, t, s, noise, cfg)
+        exact = schedule == "linear"  # diffusers' cosine table is float32
+        tolerance = {"rtol": 1e-10, "atol": 1e-10} if exact else {"rtol": 2e-3, "atol": 2e-3}
+        if exact or objective != "eps" or k < 990:  # 1 / alpha is 1e4 where the cosine ends
+            torch.testing.assert_close(got, want, **tolerance)
+        x = want if clip else x
+    assert len(ours) == 1000
+
+
+@pytest.mark.parametrize("objective", ["eps", "v", "x0"])
+def test_conversions_are_exact_and_agree(objective):
+    x0, eps = torch.randn(2, 5, 1, 2, 2, dtype=torch.float64).unbind(0)
+    alpha, sigma = (c.view(-1, 1, 1, 1) for c in ddpm.path(torch.rand(5, dtype=torch.float64), Config()))
+    out = {"eps": eps, "v": alpha * eps - sigma * x0, "x0": x0}[objective]
+    got = ddpm.to_x0_eps(out, alpha * x0 + sigma * eps, alpha, sigma, objective)
+    torch.testing.assert_close(got, (x0, eps), rtol=1e-9, atol=1e-9)
+
+
+def test_min_snr_weights_are_one_loss_in_three_coordinates():
+    """A denoiser that errs by d in x0 has the same weighted loss min(snr, 5) d^2 whatever it predicts."""
+    torch.manual_seed(0)
+    x0, eps, t, y = torch.randn(64, 1, 2, 2), torch.randn(64, 1, 2, 2), torch.rand(64), torch.zeros(64).long()
+    t = (t * 900 + 50).round() / 1000
+    for objective in ("eps", "v", "x0"):
+        cfg = Config(objective=objective, min_snr=5.0)
+        alpha, sigma = (c.view(-1, 1, 1, 1) for c in ddpm.path(t, cfg))
+
+        def model(x, t, y, a=alpha, s=sigma, o=objective):
+            guess = x0 + 0.1
+            noise = (x - a * guess) / s
+            return {"eps": noise, "v": a * noise - s * guess, "x0": guess}[o]
+
+        want = 0.01 * (alpha / sigma).square().clamp(max=5).flatten()
+        torch.testing.assert_close(
+            ddpm.loss_per_sample(model, x0, y, t, eps, cfg), want, rtol=1e-3, atol=1e-6
+        )
+
+
+def test_guidance():
+    """w = 1 is the conditional model, w = 0 the null class, 2 the extrapolation; all in one batched call."""
+    calls = []
+
+    def model(x, t, y):
+        calls.append(len(x))
+        return x * 0 + y.view(-1, 1, 1, 1).float()
+
+    cfg = Config(objective="x0", num_classes=10)
+    x, t, y = torch.randn(4, 1, 2, 2), torch.full((4,), 0.5), torch.full((4,), 3)
+    for w, want in ((1.0, 3.0), (0.0, 10.0), (2.0, -4.0)):
+        x0, eps = ddpm.predict(model, x, t, y, cfg, w)
+        assert x0.unique().item() == pytest.approx(want)
+        alpha, sigma = ddpm.path(t, cfg)
+        torch.testing.assert_close(alpha[0] * x0 + sigma[0] * eps, x)
+    assert calls == [4, 8, 8]
+    unconditional = replace(cfg, class_dropout=1.0)
+    assert ddpm.predict(model, x, t, y, unconditional, 2.0)[0].unique().item() == 10
+
+
+@pytest.mark.parametrize("objective, steps", [("eps", 1000), ("v", 1000), ("x0", 250)])
+def test_sampler_returns_the_mean_and_covariance_of_a_gaussian(objective, steps):
+    """Data N(m, S): E[x0 | x_t] = m + alpha S C^-1 (x - alpha m) with C = alpha^2 S + sigma^2 I."""
+    m, S = torch.tensor([0.4, -0.2]), torch.tensor([[0.09, 0.04], [0.04, 0.05]])
+    cfg = Config(objective=objective, shape=(1, 1, 2), clip_x0=False, guidance=1.0)
+
+    def model(x, t, y):
+        (a,), (s,) = (c[:1] for c in ddpm.path(t, cfg))
+        gain = a * S @ torch.linalg.inv(a**2 * S + s**2 * torch.eye(2))
+        x0 = m + (x.flatten(1) - a * m) @ gain.T
+        x0 = x0.view_as(x)
+        eps = (x - a * x0) / s
+        return {"eps": eps, "v": a * eps - s * x0, "x0": x0}[objective]
+
+    n = 20_000
+    y = torch.zeros(n, dtype=torch.long)
+    x, history = ddpm.sample(model, y, cfg, torch.Generator().manual_seed(0), steps)
+    x = x.flatten(1)
+    assert 23 <= len(history) <= 25
+    torch.testing.assert_close(x.mean(0), m, rtol=0, atol=0.008)
+    # The posterior's variance is that of a single data point (Ho et al. 2020, sec. 3.2): a bias of 1 / steps.
+    torch.testing.assert_close(torch.cov(x.T), S, rtol=60 / steps, atol=0.001)
+
+
+def test_clipping_keeps_estimates_in_range():
+    cfg = Config(shape=(1, 4, 4), guidance=1.0, objective="x0", timesteps=20)
+    y = torch.zeros(2, dtype=torch.long)
+    for clip, top in ((True, 1.0), (False, 3.0)):
+        _, history = ddpm.sample(
+            lambda x, t, y: x * 0 + 3, y, replace(cfg, clip_x0=clip), torch.Generator(), 20
+        )
+        assert max(h.max().item() for h in history) == top
+
+
+# ------------------------------------------------------------------------------------------------
+# Training, in this process
+
+
+def train(tmp_path, monkeypatch, *flags):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFUSION_LOGS", str(tmp_path / "logs"))
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    with monkeypatch.context() as m:
+        m.setattr("sys.stdout", os.sys.stdout)
+        m.setattr("sys.stderr", os.sys.stderr)
+        try:
+            with common.one_line_errors():
+                cfg = common.parse(Config, ddpm.__doc__, [*TINY, "--dataset", "digits", *map(str, flags)])
+                ddpm.sample_run(cfg) if cfg.sample else ddpm.train(cfg)
+        finally:
+            for s, h in handlers.items():
+                signal.signal(s, h)
+    return newest_run(tmp_path)
+
+
+def newest_run(tmp_path):
+    return max((tmp_path / "logs" / "ddpm").iterdir(), key=lambda p: p.stat().st_mtime_ns)
+
+
+def lines(run, name="loss"):
+    return [json.loads(x) for x in (run / "metrics" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_overfits_sixteen_images(tmp_path, monkeypatch):
+    data = common.load_dataset("digits", image_size=16)
+    for i in range(16):
+        file = tmp_path / "few" / str(i % 10) / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(data.images[i, 0].numpy()).save(file)
+    flags = ["--dataset", tmp_path / "few", "--steps", 1000, "--width", 16, "--lr", 4e-3, "--bs", 32]
+    run = train(tmp_path, monkeypatch, *flags, "--eval-every", 0)
+    state = common.newest_checkpoint(run)
+    cfg = Config(width=16, mults=(1, 2), shape=(1, 16, 16), num_classes=10, guidance=1.0)
+    model = ddpm.build_model(cfg)
+    model.load_state_dict(state["ema"])
+    images, _ = ddpm.sample(model.eval(), torch.arange(10), cfg, torch.Generator().manual_seed(0), 100)
+    targets = data.images[:16].float() / 127.5 - 1
+    targets = torch.cat([targets, targets.flip(-1)])  # a folder's images are mirrored half of the time
+    error = torch.cdist(images.flatten(1), targets.flatten(1)).square() / 256
+    nearest = error.min(1)
+    assert nearest.values.median() < 0.06, nearest  # the mean square of a digit is about 0.8
+    assert (nearest.indices % 16 % 10 == torch.arange(10)).float().mean() >= 0.9  # and of the class asked for
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch):
+    original, calls = ddpm.loss_per_sample, []
+
+    def sabotaged(*args):
+        calls.append(1)
+        return original(*args) * (float("nan") if len(calls) in (3, 4, 8) else 1)
+
+    monkeypatch.setattr(ddpm, "loss_per_sample", sabotaged)
+    run = train(tmp_path, monkeypatch, "--steps", 10, "--log-every", 5, "--eval-every", 0)
+    assert [x["step"] for x in lines(run) if x.get("skipped")] == [3, 4, 8]
+    assert [x["step"] for x in lines(run)] == list(range(1, 11))
+    state = common.newest_checkpoint(run)
+    assert all(v.isfinite().all() for v in [*state["model"].values(), *state["ema"].values()])
+    assert state["skipped"] == 3 and state["optimizer"]["state"][0]["step"] == 7
+    assert state["optimizer"]["state"][0]["exp_avg_sq"].isfinite().all()
+
+
+def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        ddpm,
+        "loss_per_sample",
+        lambda model, x0, y, t, eps, cfg: model(x0, t, y).mean((1, 2, 3)) * float("inf"),
+    )
+    with pytest.raises(
+        SystemExit, match="error: loss or gradient not finite in ten steps in a row, up to step 10; try"
+    ):
+        train(tmp_path, monkeypatch, "--steps", 50, "--log-every", 5)
+    assert len(lines(newest_run(tmp_path))) == 10
+
+
+def test_a_parameter_without_gradient_is_named(tmp_path, monkeypatch):
+    build = ddpm.build_model
+
+    def with_dead_weight(cfg):
+        model = build(cfg)
+        model.forgotten = torch.nn.Linear(2, 2)
+        return model
+
+    monkeypatch.setattr(ddpm, "build_model", with_dead_weight)
+    with pytest.raises(RuntimeError, match="no gradient reaches forgotten.weight"):
+        train(tmp_path, monkeypatch, "--steps", 2)
+
+
+def test_the_loop_reads_the_device_only_to_log(tmp_path, monkeypatch):
+    reads = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+
+        def spy(self, *args, original=original, name=name):
+            reads.append(name)
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    counts = []
+    for steps in (20, 40):
+        reads.clear()
+        train(
+            tmp_path, monkeypatch, "--steps", steps, "--log-every", 1000, "--eval-every", 0, "--grad-clip", 1
+        )
+        counts.append(len(reads))
+    assert counts[0] == counts[1], reads
+
+
+def test_minutes_end_a_run_annealed(tmp_path, monkeypatch):
+    run = train(tmp_path, monkeypatch, "--minutes", 0.05, "--log-every", 1, "--eval-every", 0, "--warmup", 0)
+    log = lines(run)
+    assert 3 <= log[-1]["seconds"] < 4 and log[-1]["step"] < 20_000
+    assert (
+        log[-1]["lr"] < 0.05 * log[0]["lr"] and (run / "samples" / f"step_{log[-1]['step']:08d}.gif").exists()
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--backbone unet --objective eps --schedule linear",
+        "--objective x0 --min-snr 5 --zero-snr",
+        "--grad-accum 4",
+    ]
+    + ["--class-dropout 1", "--class-dropout 0 --guidance 1", "--channels 3 --no-channels-last --dropout 0.1"]
+    + ["--grad-checkpoint --attention 8 --dtype bfloat16 --timesteps 100"],
+)
+def test_flags_train_and_sample(tmp_path, monkeypatch, flags):
+    run = train(tmp_path, monkeypatch, *flags.split(), "--steps", 4, "--eval-every", 2)
+    assert len(lines(run)) == 4 and len(lines(run, "val")) == 2
+    assert (
+        Image.open(run / "samples" / "step_00000004.png").size
+        == Image.open(run / "samples" / "step_00000004.gif").size
+    )
+
+
+def test_grad_accum_is_the_same_step(tmp_path, monkeypatch):
+    losses = []
+    for parts in (1, 4):
+        run = train(tmp_path, monkeypatch, "--steps", 5, "--grad-accum", parts, "--eval-every", 0)
+        losses.append([x["loss"] for x in lines(run)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags, match",
+    [
+        ("--image-size 15", "multiples of 2 do; give --image-size 16 or"),
+        ("--image-size 30 --mults 1 2 4", "multiples of 4 do; give --image-size 32 or"),
+        ("--attention 7", r"choose from \[16, 8\]"),
+        ("--bs 0", "--bs is 0"),
+        ("--bs 8 --grad-accum 3", "--bs is no multiple"),
+        ("--lr 0", "--lr is 0"),
+        ("--lr nan", "--lr is nan"),
+        ("--sampling-steps 50 --timesteps 20", "--sampling-steps is more than"),
+        ("--zero-snr --objective eps", "--zero-snr"),
+        ("--class-dropout 0", "--guidance needs"),
+        ("--class-dropout 1.5", "--class-dropout is 1.5"),
+        ("--mults", "--mults needs"),
+        ("--keep 0", "--keep is 0"),
+        ("--dataset nowhere", "there is no dataset nowhere"),
+        ("--dataset mnist --data-root none", "mnist is not in"),
+        ("--channels 2", "--channels is 2"),
+        ("--objective noise", "invalid choice"),
+        ("--stpes 3", "did you mean --steps"),
+        ("--device mps", "--device mps"),
+        ("--resume nowhere", "nowhere is no run"),
+        ("--sample nowhere", "nowhere is no run"),
+        ("--config nowhere.yaml", "no readable run.yaml"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, flags, match):
+    with pytest.raises(SystemExit) as e:
+        train(tmp_path, monkeypatch, "--steps", 2, *flags.split())
+    text = capsys.readouterr().err
+    assert e.value.code == 2 and text.startswith("error: ") and text.count("\n") == 1 and "; " in text, text
+    assert re.search(match, text), text
+    assert not (tmp_path / "logs").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs as processes
+
+
+def weights(run):
+    state = common.newest_checkpoint(run)
+    return [state["step"], *state["model"].values(), *state["ema"].values(), state["optimizer"]["state"]]
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    return True
+
+
+RUN = [*TINY, "--dataset", "digits", "--steps", 60, "--save-every", 5, "--eval-every", 30, "--log-every", 3]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of the real script."""
+    home = tmp_path_factory.mktemp("whole")
+    command = [sys.executable, Path(ddpm.__file__), *map(str, RUN)]
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "DIFFUSION_LOGS": str(home / "logs")}
+    p = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr
+    return newest_run(home), p
+
+
+def test_a_run_folder_is_complete(whole):
+    run, p = whole
+    info = yaml.safe_load((run / "run.yaml").read_text())
+    assert (
+        info["config"]["steps"] == 60 and info["config"]["shape"] == [1, 16, 16] and info["parameters"] > 1000
+    )
+    assert (
+        "--bs 8" in info["command"]
+        and info["dataset"].startswith("digits, 20000 images 1x16x16")
+        and info["device"]
+    )
+    assert (run / "code" / NAME).read_text() == Path(ddpm.__file__).read_text()
+    assert (run / "code" / "common.py").read_text() == Path(common.__file__).read_text()
+    assert sorted(x.name for x in (run / "checkpoints").iterdir()) == ["step_00000055.pt", "step_00000060.pt"]
+    assert [x["step"] for x in lines(run)] == list(range(1, 61))
+    assert {"loss", "lr", "grad_norm", "images_per_s", "seconds"} <= lines(run)[0].keys()
+    val = lines(run, "val")
+    assert (
+        [x["step"] for x in val] == [30, 60]
+        and val[1]["loss"] < val[0]["loss"]
+        and len(val[0]["loss_t"]) == 10
+    )
+    assert Image.open(run / "samples" / "step_00000060.gif").n_frames >= 4
+    assert (run / "samples" / "step_00000060.png").exists() and (run / "metrics" / "curves.png").exists()
+    assert (run / "run.out").read_text() == p.stdout and "look at" in p.stdout and p.stderr == ""
+    state = common.newest_checkpoint(run)
+    assert state["config"]["bs"] == 8 and not any("module" in k or "_orig" in k for k in state["model"])
+
+
+def test_config_file_runs_it_again(whole, script, tmp_path):
+    run, _ = whole
+    p = script(NAME, "--config", run / "run.yaml")
+    assert p.returncode == 0, p.err
+    assert same(weights(newest_run(tmp_path)), weights(run))
+
+
+def test_sample_and_resume_of_a_finished_run(whole, script):
+    run, _ = whole
+    before = weights(run)
+    p = script(NAME, "--sample", run, "--guidance", 3, "--seed", 5)
+    assert p.returncode == 0 and (run / "samples" / "step_00000060_steps4_w3_seed5.gif").exists(), p.err
+    p = script(NAME, "--resume", run)
+    assert p.returncode == 0 and same(weights(run), before) and len(lines(run)) == 60, p.err
+    p = script(NAME, "--resume", run, "--lr", 1)
+    assert (
+        p.returncode == 2
+        and p.err.startswith("error: --lr 1.0 is not the run's (0.002)")
+        and p.err.count("\n") == 1
+    )
+
+
+def test_kill_9_at_any_moment_then_resume_is_bit_exact(whole, script, tmp_path):
+    """Killed over and over, at moments that also fall into starting, saving and drawing."""
+    run, kills, flags, env = None, 0, RUN + ["--save-every", 1], {"PYTHONUNBUFFERED": "1"}
+    for patience in (0.05, 0.3, 0.6, None):
+        process = script(NAME, *(["--resume", run] if run else flags), wait=False, env=env)
+        if patience is None:
+            out, err = process.communicate(timeout=300)
+            assert process.returncode == 0, err
+            break
+        start, seen = time.monotonic(), len(lines(run)) if run else 0
+        while time.monotonic() - start < 120:  # wait for some steps of this process, then a little
+            if (tmp_path / "logs" / "ddpm").exists():
+                run = newest_run(tmp_path)
+                log = run / "metrics" / "loss.jsonl"
+                if log.exists() and log.read_text().count("\n") > seen + 3:
+                    break
+            time.sleep(0.01)
+        time.sleep(patience)
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+    assert kills >= 2
+    assert same(weights(run), weights(whole[0]))
+    assert [x["step"] for x in lines(run)] == list(range(1, 61))
+    assert [x["loss"] for x in lines(run)] == [x["loss"] for x in lines(whole[0])]
+    assert lines(run, "val") == lines(whole[0], "val")
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_sigterm_saves_and_leaves_with_its_own_status(whole, script, tmp_path):
+    process = script(NAME, *RUN, wait=False)
+    while process.poll() is None and "folder" not in "".join(
+        f.read_text() for f in (tmp_path / "logs").glob("ddpm/*/run.out")
+    ):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    run = newest_run(tmp_path)
+    assert process.returncode == common.PREEMPTED and f"--resume {run}" in out, err
+    step = common.newest_checkpoint(run)["step"]
+    assert step < 60 and len(lines(run)) == step
+    p = script(NAME, "--resume", run)
+    assert p.returncode == 0 and same(weights(run), weights(whole[0])), p.err
+    assert [x["step"] for x in lines(run)] == list(range(1, 61))
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "pickle bomb", "foreign"])
+def test_damaged_newest_checkpoint(whole, tmp_path, monkeypatch, capsys, damage):
+    """The one before it is used, with a warning that names both; asked for by name, it is an error."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "logs" / "ddpm" / "copy"
+    shutil.copytree(whole[0], run)
+    bad, good = run / "checkpoints" / "step_00000060.pt", run / "checkpoints" / "step_00000055.pt"
+    data = bytearray(bad.read_bytes())
+    if damage == "truncated":
+        bad.write_bytes(data[: len(data) // 2])
+    elif damage == "flipped":
+        data[len(data) // 2] ^= 1  # one bit, in some weight
+        bad.write_bytes(data)
+    elif damage == "empty":
+        bad.write_bytes(b"")
+    elif damage == "foreign":
+        torch.save({"state_dict": {}}, bad)
+    else:
+        torch.save(Bomb(), bad)
+        (tmp_path / "raw.pt").write_bytes(pickle.dumps(Bomb()))
+        with pytest.raises(common.UserError, match="raw.pt cannot be loaded"):
+            common.load_checkpoint(tmp_path / "raw.pt")
+    with pytest.raises(SystemExit) as e:
+        train(tmp_path, monkeypatch, "--resume", bad)
+    assert e.value.code == 2 and "step_00000060.pt cannot be loaded" in capsys.readouterr().err
+    train(tmp_path, monkeypatch, "--resume", run)
+    out = capsys.readouterr().out
+    assert "warning" in out and str(bad) in out and str(good) in out and "going on after step 55" in out
+    assert same(weights(run), weights(whole[0]))
+    assert [x["step"] for x in lines(run)] == list(range(1, 61)) and not (tmp_path / "owned").exists()
+
+
+def test_resume_from_an_earlier_checkpoint(whole, tmp_path, monkeypatch):
+    run = tmp_path / "logs" / "ddpm" / "copy"
+    shutil.copytree(whole[0], run)
+    train(tmp_path, monkeypatch, "--resume", run / "checkpoints" / "step_00000055.pt")
+    assert same(weights(run), weights(whole[0])) and [x["step"] for x in lines(run)] == list(range(1, 61))
+
+
+def test_edited_run_yaml_is_noticed(whole, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "logs" / "ddpm" / "copy"
+    shutil.copytree(whole[0], run)
+    text = (run / "run.yaml").read_text()
+    (run / "run.yaml").write_text(text.replace("lr: 0.002", "lr: 0.003"))
+    with pytest.raises(SystemExit) as e:
+        train(tmp_path, monkeypatch, "--resume", run)
+    assert e.value.code == 2 and "lr is 0.003 now but 0.002 in the checkpoint" in capsys.readouterr().err
+    assert len(lines(run)) == 60
+
+
+def test_two_runs_at_once(script, tmp_path):
+    flags = [*TINY, "--dataset", "digits", "--steps", 30, "--eval-every", 0]
+    both = [script(NAME, *flags, wait=False) for _ in range(2)]
+    assert [p.communicate()[1] for p in both] == ["", ""] and len(
+        list((tmp_path / "logs/ddpm").iterdir())
+    ) == 2
+
+
+def test_a_run_in_use_is_refused(whole, script, tmp_path):
+    with open(whole[0] / "run.out", "a") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        p = script(NAME, "--resume", whole[0], "--steps", 70)
+    assert p.returncode == 2 and "is in use by another process" in p.err and p.err.count("\n") == 1
+
+
+def test_two_processes_train_as_one(whole, script, tmp_path):
+    prefix = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    p = script(NAME, *RUN, prefix=prefix, env={"OMP_NUM_THREADS": "1"})
+    assert p.returncode == 0, p.err
+    run = newest_run(tmp_path)
+    got, want = ([x["loss"] for x in lines(r)] for r in (run, whole[0]))
+    assert got == pytest.approx(want, rel=2e-3) and got[:5] == pytest.approx(want[:5], rel=1e-5)
+    assert len(list((tmp_path / "logs/ddpm").iterdir())) == 1
+    assert lines(run, "val")[-1]["loss"] == pytest.approx(lines(whole[0], "val")[-1]["loss"], rel=2e-3)
