@@ -53,7 +53,9 @@ def one_line_errors():
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        text = f"{e.strerror}: {e.filename or 'the run folder'}; make room, or give another --logs"
+        text = (
+            f"{e.strerror}: {e.filename or 'the run folder'}; make room, or write elsewhere (--logs, --out)"
+        )
     print(f"error: {text}", file=sys.stderr, flush=True)
     sys.exit(2)
 

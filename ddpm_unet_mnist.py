@@ -407,10 +407,10 @@ def train(cfg):
     cfg = replace(cfg, shape=tuple(data.images.shape[1:]), num_classes=len(data.classes))
     check(cfg)
 
-    # Compiling costs a minute; bfloat16 pays on a CPU only with it, and only where the hardware has it.
+    # Compiling costs up to a minute, which a short run does not earn back; bfloat16 costs nothing.
     long = cfg.steps >= 500 and not 0 < cfg.minutes < 1
     use_compile = cfg.compile == "on" or (cfg.compile == "auto" and long and device.type != "mps")
-    fast = common.device_facts(device)[1] and (use_compile or device.type == "cuda")
+    fast = common.device_facts(device)[1]
     dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if fast else "float32")
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
     torch.set_float32_matmul_precision("high")
