@@ -11,9 +11,8 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
 # A model of a few thousand weights: a step takes milliseconds.
-TINY = (
-    "--width 8 --mults 1 2 --bs 8 --sampling-steps 4 --num-samples 10 --compile off --image-size 16".split()
-)
+TINY = "--width 8 --mults 1 2 --bs 8 --sampling-steps 4 --num-samples 10 --image-size 16".split()
+TINY += "--compile off --dtype float32".split()
 
 
 @pytest.fixture
@@ -21,7 +20,6 @@ def script(tmp_path):
     """Runs a script as a user does, in an empty folder, on two threads; returns the finished process."""
 
     def run(name, *flags, wait=True, env=None, prefix=()):
-        # The digits are drawn in seconds; a run's test wants a fraction of one.
         command = [*(prefix or [sys.executable]), str(ROOT / name), *map(str, flags)]
         environment = (
             os.environ | {"OMP_NUM_THREADS": "2", "DIFFUSION_LOGS": str(tmp_path / "logs")} | (env or {})
