@@ -75,7 +75,7 @@ INVOCATION = {"resume", "sample", "config"}  # flags that name a run instead of 
 MAY_CHANGE = {
     "resume": set("steps minutes log_every eval_every sample_every save_every keep".split())
     | set("device dtype compile grad_checkpoint data_root logs".split()),
-    "sample": set("guidance sampling_steps solver clip_x0 num_samples seed device".split()),
+    "sample": set("guidance guidance_interval sampling_steps solver clip_x0 num_samples seed device".split()),
 }
 
 

@@ -1,0 +1,422 @@
+"""Times training steps of the scripts beside those of their peers: same shapes, same batch, one process.
+
+Every step is a whole one: fetch a batch, forward, backward, optimizer, average the weights. Contenders take
+turns, round by round, so that a busy machine is busy for all; a line is the median over the rounds and, in
+brackets, their range. Three peers:
+
+    public       a plain PyTorch DiT step as public repositories write it: DataLoader with workers and
+                 transforms, sinusoidal positions, a modulation layer in each block, AdamW as it comes, the
+                 average of the weights in a Python loop, loss.item() every step
+    diffusers    its DiTTransformer2DModel, and its UNet2DModel with the channels of ours, AdamW and EMAModel
+    matmul       products of large square matrices: what the machine can do
+
+FLOP are those of the model's products, three forward passes a step; "of-peak" is their share of the matmul
+rate in the same precision (which convolutions may pass, as there are ways with fewer). Memory is the peak
+during a step over what was held before it.
+
+    python tests/benchmark.py                     DiT-S/2 on 32x32x3 at 32 images, UNet on 28x28 at 48
+    python tests/benchmark.py --only dit --dim 768 --heads 12 --bs 128
+"""
+
+import contextlib
+import copy
+import ctypes
+import itertools
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: E402
+import ddpm_unet_mnist as ddpm  # noqa: E402
+import rf_dit_cifar as rf  # noqa: E402
+from common import say  # noqa: E402
+
+
+@dataclass
+class Config:
+    only: Literal["all", "dit", "unet"] = "all"  # which comparison
+    dim: int = 384  # of the DiT
+    depth: int = 12  # of the DiT
+    heads: int = 6  # of the DiT
+    patch: int = 2  # of the DiT
+    bs: int = 32  # images a step of the DiT
+    unet_bs: int = 48  # images a step of the UNet
+    rounds: int = 5  # turns of each contender
+    out: str = ""  # file for the numbers, as JSON
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = the fastest there is
+
+
+FP32, BF16 = (torch.float32, False), (torch.bfloat16, True)  # (precision, compiled)
+
+# ------------------------------------------------------------------------------------------------
+# Contenders: generators that take one training step at each next() and yield its loss, a tensor or a number
+
+
+def ours(script, cfg, device, dtype, use_compile):
+    """-> (model, steps): the loop of a script, without its run folder."""
+    model = script.build_model(cfg).to(device, memory_format=torch.channels_last)
+
+    def steps():
+        ema, net = common.EMA(model, cfg.ema_decay), torch.compile(model) if use_compile else model
+        if script is rf:
+            optimizer = rf.make_optimizer(model, cfg, torch.bfloat16)
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.99), fused=True)
+        batches = common.Batches(random_images(cfg), cfg.bs, 0, device)
+        for step in itertools.count():
+            x0, y = batches(step)
+            noise = torch.Generator(device).manual_seed(step)
+            eps = torch.randn(x0.shape, generator=noise, device=device)
+            u = torch.rand(2, cfg.bs, generator=noise, device=device)
+            t = rf.draw_times(u[0], cfg) if script is rf else (u[0] * 1000).floor().add(1) / 1000
+            y = torch.where(u[1] < cfg.class_dropout, cfg.num_classes, y)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = script.loss_per_sample(net, x0, y, t, eps, cfg).mean()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+            optimizer.found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update(model, step + 1)
+            yield loss.detach()
+
+    return model, steps()
+
+
+def theirs(model, call, cfg, device, dtype, use_compile, average):
+    """-> (model, steps): the usual loop. call(net, x, t, y) -> prediction; average(model) -> a step's EMA."""
+    from torchvision import transforms
+
+    class Images(torch.utils.data.Dataset):
+        def __init__(self):
+            self.data = random_images(cfg)
+            self.pictures = [transforms.functional.to_pil_image(x) for x in self.data.images]
+            half = [0.5] * cfg.shape[0]
+            parts = [
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(half, half),
+            ]
+            self.transform = transforms.Compose(parts)
+
+        def __len__(self):
+            return len(self.pictures)
+
+        def __getitem__(self, i):
+            return self.transform(self.pictures[i]), self.data.labels[i]
+
+    model = model.to(device)
+
+    def steps():
+        optimizer, update = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0), average(model)
+        net = torch.compile(model) if use_compile else model
+        loader = torch.utils.data.DataLoader(
+            Images(), cfg.bs, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
+        )
+        while True:
+            for x0, y in loader:
+                x0, y = x0.to(device), y.to(device)
+                t, eps = torch.rand(cfg.bs, device=device), torch.randn_like(x0)
+                s = t.view(-1, 1, 1, 1)
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    loss = F.mse_loss(call(net, (1 - s) * x0 + s * eps, t, y).float(), eps - x0)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                update()
+                yield loss.item()
+
+    return model, steps()
+
+
+def ema_in_python(model):
+    """The weights' average as public repositories take it: parameter by parameter."""
+    average = copy.deepcopy(model)
+
+    def update():
+        with torch.no_grad():
+            for mine, new in zip(average.parameters(), model.parameters(), strict=True):
+                mine.mul_(0.9999).add_(new.data, alpha=1 - 0.9999)
+
+    return update
+
+
+def ema_of_diffusers(model):
+    from diffusers.training_utils import EMAModel
+
+    average = EMAModel(model.parameters(), decay=0.9999)
+    return lambda: average.step(model.parameters())
+
+
+class PublicBlock(nn.Module):
+    """A transformer block with LayerNorm and its own modulation layer."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, 1e-6, elementwise_affine=False) for _ in range(2))
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Linear(4 * dim, dim))
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x, c):
+        B, N, D = x.shape
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).unsqueeze(1).chunk(6, dim=-1)
+        h = self.norm1(x) * (1 + scale1) + shift1
+        q, k, v = self.qkv(h).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D)
+        x = x + gate1 * self.proj(h)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class PublicDiT(nn.Module):
+    """The DiT of Peebles & Xie 2022, plainly."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.patch, side = cfg.patch, cfg.shape[-1] // cfg.patch
+        self.embed = nn.Conv2d(cfg.shape[0], cfg.dim, cfg.patch, stride=cfg.patch)
+        self.register_buffer("positions", rf.sincos_table(side, cfg.dim))
+        self.time = nn.Sequential(nn.Linear(256, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim))
+        self.label = nn.Embedding(cfg.num_classes + 1, cfg.dim)
+        self.blocks = nn.ModuleList(PublicBlock(cfg.dim, cfg.heads) for _ in range(cfg.depth))
+        self.norm = nn.LayerNorm(cfg.dim, 1e-6, elementwise_affine=False)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 2 * cfg.dim))
+        self.out = nn.Linear(cfg.dim, cfg.patch**2 * cfg.shape[0])
+
+    def forward(self, x, t, y):
+        h = self.embed(x).flatten(2).transpose(1, 2) + self.positions
+        c = self.time(common.time_embedding(t, 256)) + self.label(y)
+        for block in self.blocks:
+            h = block(h, c)
+        shift, scale = self.modulation(c).unsqueeze(1).chunk(2, dim=-1)
+        return rf.unpatchify(self.out(self.norm(h) * (1 + scale) + shift), self.patch)
+
+
+def random_images(cfg):
+    """As many bytes as a small dataset; what is in them does not change a step's time."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2000, *cfg.shape), generator=g, dtype=torch.uint8)
+    labels = torch.randint(0, cfg.num_classes, (2000,), generator=g)
+    return common.Dataset("random", images, labels, [str(c) for c in range(cfg.num_classes)], flip=True)
+
+
+def dit_contenders(flags, device):
+    """{name: (dtype, function that returns (model, steps))}; the first is the one that others are held to."""
+    from diffusers import DiTTransformer2DModel
+
+    cfg = rf.Config(dim=flags.dim, depth=flags.depth, heads=flags.heads, patch=flags.patch, bs=flags.bs)
+    plain = replace(cfg, optimizer="adamw", positions="sincos", adaln="block")
+    rf.check(cfg)
+
+    def diffusers_dit():
+        return DiTTransformer2DModel(
+            num_attention_heads=cfg.heads, attention_head_dim=cfg.dim // cfg.heads, in_channels=3,
+            num_layers=cfg.depth, sample_size=cfg.shape[-1], patch_size=cfg.patch, num_embeds_ada_norm=10,
+        )  # fmt: skip
+
+    def call_diffusers(net, x, t, y):
+        return net(x, timestep=1000 * t, class_labels=y).sample
+
+    def call(net, x, t, y):
+        return net(x, t, y)
+
+    found = {}
+    for name, settings in (("float32, eager", FP32), ("bfloat16, compiled", BF16)):
+        end = (cfg, device, *settings, ema_in_python)
+        found |= {
+            f"ours, {name}": (settings[0], lambda s=settings: ours(rf, cfg, device, *s)),
+            f"ours plain, {name}": (settings[0], lambda s=settings: ours(rf, plain, device, *s)),
+            f"public, {name}": (settings[0], lambda e=end: theirs(PublicDiT(cfg), call, *e)),
+            f"diffusers, {name}": (
+                settings[0],
+                lambda e=end: theirs(diffusers_dit(), call_diffusers, *e[:-1], ema_of_diffusers),
+            ),
+        }
+    return found, cfg, {"call": call, "call_diffusers": call_diffusers}
+
+
+def unet_contenders(flags, device):
+    from diffusers import UNet2DModel
+
+    cfg = ddpm.Config(bs=flags.unet_bs)
+    widths = [cfg.width * m for m in cfg.mults]
+
+    def diffusers_unet():
+        return UNet2DModel(
+            sample_size=28, in_channels=1, out_channels=1, block_out_channels=widths, layers_per_block=1,
+            down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3, norm_num_groups=8,
+            num_class_embeds=11, add_attention=False,
+        )  # fmt: skip
+
+    def call_diffusers(net, x, t, y):
+        return net(x, timestep=1000 * t, class_labels=y).sample
+
+    found = {}
+    for name, settings in (("float32, eager", FP32), ("bfloat16, compiled", BF16)):
+        found |= {
+            f"ours, {name}": (settings[0], lambda s=settings: ours(ddpm, cfg, device, *s)),
+            f"diffusers, {name}": (
+                settings[0],
+                lambda s=settings: theirs(
+                    diffusers_unet(), call_diffusers, cfg, device, *s, ema_of_diffusers
+                ),
+            ),
+        }
+    return found, cfg, {"call": lambda net, x, t, y: net(x, t, y), "call_diffusers": call_diffusers}
+
+
+# ------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def flops(model, call, cfg):
+    """Of a training step of one image: three times those of the forward pass, counted on no data."""
+    model = copy.deepcopy(model).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
+        call(model, torch.empty(1, *cfg.shape), torch.empty(1), torch.empty(1, dtype=torch.long))
+    return 3 * counter.get_total_flops()
+
+
+def give_back():
+    """Memory that was freed to the system, which the allocator would keep; on Linux."""
+    with contextlib.suppress(AttributeError, OSError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class Memory:
+    """Peak of memory in use since it was made, in bytes over what was in use then; None where unknown."""
+
+    def __init__(self, device):
+        self.device, self.before = device, None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+        elif device.type == "cpu" and Path("/proc/self/clear_refs").exists():
+            give_back()
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+            self.before = self.read("VmRSS")
+
+    def read(self, name):
+        return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+
+    def peak(self):
+        if self.before is None:
+            return None
+        now = (
+            torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else self.read("VmHWM")
+        )
+        return max(0, now - self.before)
+
+
+def measure(contenders, cfg, calls, flags, device):
+    """-> [a dict of numbers for each contender], after `rounds` rounds in which each has a turn."""
+    running, rows, peaks = {}, [], {torch.float32: [], torch.bfloat16: []}
+    for name, (dtype, make) in contenders.items():
+        try:
+            torch.manual_seed(0)
+            model, steps = make()
+            for _ in range(2):  # compiles
+                float(next(steps))
+            start = time.perf_counter()
+            float(next(steps))
+            count = max(1, round(1 / (time.perf_counter() - start)))  # a turn takes a second or more
+            call = calls["call_diffusers" if "diffusers" in name else "call"]
+            row = {"name": name, "dtype": dtype, "parameters": sum(p.numel() for p in model.parameters())}
+            running[name] = row | {"flops": flops(model, call, cfg), "steps": steps, "count": count, "ms": []}
+        except Exception as e:  # a peer that does not compile here is no reason to stop
+            say(f"{name}: failed ({common.why(e)})")
+            continue
+        say(f"{name}: ready")
+        give_back()
+    for turn in range(1 + flags.rounds):
+        for kind, rates in peaks.items():
+            rates.append(rf.matmul_rate(device, kind))
+        for row in running.values():
+            start = time.perf_counter()
+            for _ in range(row["count"]):
+                loss = next(row["steps"])
+            row["loss"] = float(loss)  # waits for the device
+            if turn:  # in the first, memory comes back from the system
+                row["ms"].append(1e3 * (time.perf_counter() - start) / row["count"])
+    for row in running.values():
+        memory = Memory(device)  # in a step of its own, as looking costs time
+        float(next(row["steps"]))
+        row["memory"] = memory.peak()
+        give_back()
+        ms = statistics.median(row["ms"])
+        rate = cfg.bs / ms * 1e3
+        achieved, peak = rate * row["flops"], statistics.median(peaks[row["dtype"]])
+        keep = {k: row[k] for k in ("name", "parameters", "loss", "memory")}
+        rows.append(keep | {"ms": ms, "ms_all": row["ms"], "images_per_s": rate})
+        rows[-1] |= {"gflops": achieved / 1e9, "of_peak": achieved / peak}
+    say(
+        "matmul: "
+        + ", ".join(f"{str(k)[6:]} {statistics.median(v) / 1e9:,.0f} GFLOP/s" for k, v in peaks.items())
+    )
+    return rows
+
+
+def report(title, rows, pairs):
+    say(f"\n{title}")
+    head = "contender parameters images/s ms/step range memory GFLOP/s of-peak".split()
+    say("{:30}{:>11}{:>10}{:>9}{:>17}{:>9}{:>9}{:>9}".format(*head))
+    for r in rows:
+        memory = f"{r['memory'] / 2**20:,.0f} M" if r["memory"] is not None else "-"
+        spread = f"[{min(r['ms_all']):.1f}, {max(r['ms_all']):.1f}]"
+        say(
+            f"{r['name']:30}{r['parameters'] / 1e6:9.2f} M{r['images_per_s']:10.1f}{r['ms']:9.1f}{spread:>17}"
+            f"{memory:>9}{r['gflops']:9.0f}{r['of_peak']:9.0%}"
+        )
+    by_name = {r["name"]: r for r in rows}
+    for ours, peer in pairs:
+        if ours in by_name and peer in by_name:
+            ratios = [b / a for a, b in zip(by_name[ours]["ms_all"], by_name[peer]["ms_all"], strict=True)]
+            spread = f"[{min(ratios):.2f}, {max(ratios):.2f}]"
+            say(f"{statistics.median(ratios):5.2f} {spread} times the images/s: {ours} / {peer}")
+
+
+def main():
+    flags = common.parse(Config, __doc__)
+    device, results = common.pick_device(flags.device), {}
+    torch.set_float32_matmul_precision("high")
+    say(f"{common.device_facts(device)[0]}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}")
+    eager, fast = "float32, eager", "bfloat16, compiled"
+    if flags.only != "unet":
+        rows = measure(*dit_contenders(flags, device), flags, device)
+        pairs = [(f"ours, {fast}", f"{p}, {eager}") for p in ("public", "diffusers")]
+        pairs += [
+            (f"{o}, {s}", f"{p}, {s}")
+            for s in (eager, fast)
+            for o in ("ours", "ours plain")
+            for p in ("public", "diffusers")
+        ]
+        title = (
+            f"DiT of dim {flags.dim}, depth {flags.depth}, patch {flags.patch}; {flags.bs} images of 32x32x3"
+        )
+        report(title, rows, pairs)
+        results["dit"] = rows
+    if flags.only != "dit":
+        rows = measure(*unet_contenders(flags, device), flags, device)
+        pairs = [(f"ours, {fast}", f"diffusers, {eager}")]
+        pairs += [(f"ours, {s}", f"diffusers, {s}") for s in (eager, fast)]
+        report(f"UNet; {flags.unet_bs} images of 28x28", rows, pairs)
+        results["unet"] = rows
+    if flags.out:
+        text = json.dumps({"flags": vars(flags), **results}, indent=1).encode()
+        common.write_atomically(Path(flags.out), lambda f: f.write(text))
+
+
+if __name__ == "__main__":
+    with common.one_line_errors():
+        main()

@@ -1,0 +1,514 @@
+"""The second script: its model, method, sampler and optimizer against oracles, and its runs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+import common
+import rf_dit_cifar as rf
+from rf_dit_cifar import Config
+
+NAME = "rf_dit_cifar.py"
+TINY = "--dim 32 --depth 2 --heads 2 --patch 4 --bs 8 --sampling-steps 4 --num-samples 10".split()
+TINY += "--image-size 16 --compile off --dtype float32 --lr 2e-3".split()
+SMALL = Config(dim=32, depth=2, heads=2, patch=4, shape=(1, 16, 16))
+
+# ------------------------------------------------------------------------------------------------
+# Model
+
+
+def random_model(cfg, seed=0):
+    """Weights as after some training: nothing is zero."""
+    torch.manual_seed(seed)
+    model = rf.build_model(cfg)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("p", [1, 2, 4, 8])
+def test_patchify_round_trip(p):
+    x = torch.randn(2, 3, 8, 8)
+    tokens = rf.patchify(x, p)
+    assert tokens.shape == (2, 64 // p**2, 3 * p * p)
+    torch.testing.assert_close(rf.unpatchify(tokens, p), x, rtol=0, atol=0)
+    last = tokens[0, 8 // p - 1].view(3, p, p)  # tokens run along the rows: this is the upper right corner
+    torch.testing.assert_close(last, x[0, :, :p, 8 - p :], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"shape": (3, 32, 32), "patch": 8, "num_classes": 3, "mlp_ratio": 2.0},
+        {"positions": "sincos", "adaln": "block"},
+        {"grad_checkpoint": True, "dropout": 0.1},
+    ],
+)
+def test_shapes_start_and_gradients(more):
+    cfg = replace(SMALL, **more)
+    rf.check(cfg)
+    model = rf.build_model(cfg)
+    x, t, y = torch.randn(3, *cfg.shape), torch.rand(3), torch.tensor([0, 1, cfg.num_classes])
+    assert torch.equal(model(x, t, y), torch.zeros_like(x))
+    h = torch.randn(3, 4, cfg.dim)
+    c = torch.randn(3, 6 * cfg.dim if cfg.adaln == "shared" else cfg.dim)
+    turn = [v[:4] if v is not None else None for v in (model.cos, model.sin)]
+    for block in model.blocks:  # shared modulations start at zero, too
+        assert torch.equal(block(h, 0 * c if cfg.adaln == "shared" else c, *turn), h)
+    model = random_model(cfg)
+    out = model(x, t, y)
+    assert out.shape == x.shape
+    for other in (model(x, 1 - t, y), model(x, t, y.flip(0)), model(x.flip(-1), t, y)):
+        assert not torch.allclose(out, other)  # time, class and image all matter
+    model.train()
+    model(x, t, y).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_positions_matter():
+    """Without them a transformer cannot tell where a token is: moved tokens would give the moved result."""
+    for positions in ("rope", "sincos"):
+        model = random_model(replace(SMALL, positions=positions))
+        x, t, y = torch.randn(1, 1, 16, 16), torch.rand(1), torch.tensor([1])
+        moved = model(x.roll(4, -1), t, y).roll(-4, -1)
+        assert not torch.allclose(moved, model(x, t, y), rtol=1e-2, atol=1e-3)
+
+
+def test_samples_of_a_batch_do_not_see_each_other():
+    model = random_model(SMALL)
+    x, t, y = torch.randn(6, 1, 16, 16), torch.rand(6), torch.arange(6)
+    whole, order = model(x, t, y), torch.tensor([3, 1, 5, 0, 4, 2])
+    torch.testing.assert_close(model(x[order], t[order], y[order]), whole[order])
+    torch.testing.assert_close(model(x[2:3], t[2:3], y[2:3]), whole[2:3])
+
+
+def test_rotary_products_depend_on_the_offset_alone():
+    cos, sin = rf.rope_table(5, 16)
+    q, k = torch.randn(16), torch.randn(16)
+    turned_q, turned_k = (rf.rotate(u.expand(1, 1, 25, 16), cos, sin)[0, 0] for u in (q, k))
+    products = (turned_q @ turned_k.T).view(5, 5, 5, 5)  # of the tokens (row, column) and (row, column)
+    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(25))
+    for dr, dc in ((0, 0), (1, 0), (0, 2), (2, 1)):
+        same = [products[r, c, r + dr, c + dc] for r in range(5 - dr) for c in range(5 - dc)]
+        torch.testing.assert_close(torch.stack(same), same[0].expand(len(same)), rtol=1e-4, atol=1e-4)
+    assert abs(products[0, 0, 1, 0] - products[0, 0, 0, 1]) > 1e-3  # rows and columns differ
+
+
+def test_attention_of_the_cpu_in_bfloat16_is_attention():
+    q, k, v = (torch.randn(2, 3, 20, 8, dtype=torch.bfloat16) for _ in range(3))
+    want = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    torch.testing.assert_close(rf.attention(q, k, v).float(), want, rtol=0.03, atol=0.03)
+
+
+def test_grad_checkpoint_changes_memory_alone():
+    grads = []
+    for recompute in (False, True):
+        model = random_model(replace(SMALL, grad_checkpoint=recompute)).train()
+        torch.manual_seed(1)
+        model(torch.randn(2, 1, 16, 16), torch.rand(2), torch.tensor([0, 1])).square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*grads)
+
+
+# ------------------------------------------------------------------------------------------------
+# Method
+
+
+def test_velocity_and_estimates_are_one_statement():
+    cfg = Config(guidance=1.0)
+    x0, eps, t = torch.randn(5, 1, 4, 4), torch.randn(5, 1, 4, 4), torch.tensor([0.01, 0.3, 0.5, 0.9, 1.0])
+    alpha, sigma = (c.view(-1, 1, 1, 1) for c in rf.path(t, cfg))
+    x, y = alpha * x0 + sigma * eps, torch.zeros(5, dtype=torch.long)
+    got = rf.predict(lambda *_: eps - x0, x, t, y, cfg)  # a network that knows the velocity knows both
+    torch.testing.assert_close(got, (x0, eps), rtol=1e-4, atol=1e-5)
+    loss = rf.loss_per_sample(lambda *_: eps - x0 + 2, x0, y, t, eps, cfg)
+    torch.testing.assert_close(loss, torch.full((5,), 4.0))
+    seen = []
+    rf.loss_per_sample(lambda *a: seen.append(a) or a[0], x0, y, t, eps, cfg)
+    torch.testing.assert_close(seen[0][0], x)
+
+
+def test_times():
+    """Each in its own share of the batch, and of the density that was asked for, by its quantiles."""
+    u = torch.rand(4000, generator=torch.Generator().manual_seed(0))
+    quantiles = (np.arange(4000) + u.numpy()) / 4000
+    for name, shift in (("uniform", 1.0), ("logit-normal", 1.0), ("uniform", 3.0), ("logit-normal", 0.5)):
+        t = rf.draw_times(u, Config(t_sampling=name, shift=shift)).double().numpy()
+        want = (
+            quantiles
+            if name == "uniform"
+            else 1 / (1 + np.exp(-np.vectorize(NormalDist().inv_cdf)(quantiles)))
+        )
+        want = shift * want / (1 + (shift - 1) * want)
+        np.testing.assert_allclose(t, want, rtol=1e-3, atol=2e-5)
+        assert 0 < t.min() and t.max() < 1 and (np.diff(t) >= 0).all()
+    edge = rf.draw_times(torch.zeros(1), Config(t_sampling="logit-normal"))
+    assert 0 < edge.item() < 1
+
+
+def test_guidance():
+    calls = []
+
+    def model(x, t, y):
+        calls.append(len(x))
+        return x * 0 + y.view(-1, 1, 1, 1).float()
+
+    cfg = Config(num_classes=10)
+    x, t, y = torch.randn(4, 1, 2, 2), torch.full((4,), 0.5), torch.full((4,), 3)
+    for w, want in ((1.0, 3.0), (0.0, 10.0), (2.0, -4.0)):
+        v = rf.velocity(model, x, t, y, cfg, w)
+        torch.testing.assert_close(v, torch.full_like(x, want))
+    assert calls == [4, 8, 8]  # w = 1 is the conditional model; else one call for both
+    assert rf.velocity(model, x, t, y, replace(cfg, class_dropout=1.0), 2.0).unique().item() == 10
+    calls.clear()
+    cfg = replace(cfg, guidance=2.0, guidance_interval=(0.3, 0.6), sampling_steps=10)
+    rf.sample(model, x, y, cfg)
+    assert calls == [4] * 4 + [8] * 4 + [4] * 2  # t = 1, 0.9, ..., 0.1; 0.6 to 0.3 with guidance
+
+
+# ------------------------------------------------------------------------------------------------
+# Sampler
+
+M, S = torch.tensor([0.4, -0.2]).double(), torch.tensor([[0.09, 0.04], [0.04, 0.05]]).double()
+
+
+def gaussian(x, t, y):
+    """The exact velocity E[eps - x0 | x_t] for data N(M, S): x_t is N((1-t) M, C), C = (1-t)^2 S + t^2 I."""
+    t = t[0].double()
+    C = (1 - t) ** 2 * S + t**2 * torch.eye(2).double()
+    gain = (t * torch.eye(2).double() - (1 - t) * S) @ torch.linalg.inv(C)
+    return (-M + (x.flatten(1) - (1 - t) * M) @ gain.T).view_as(x)
+
+
+def test_flow_lands_on_the_mean_and_covariance_of_a_gaussian():
+    cfg = Config(shape=(1, 1, 2), guidance=1.0, solver="heun", sampling_steps=100)
+    x = torch.randn(20_000, 1, 1, 2, generator=torch.Generator().manual_seed(0)).double()
+    images, history = rf.sample(gaussian, x, torch.zeros(len(x), dtype=torch.long), cfg)
+    images = images.flatten(1)
+    assert 23 <= len(history) <= 25
+    torch.testing.assert_close(images.mean(0), M, rtol=0, atol=0.008)
+    torch.testing.assert_close(torch.cov(images.T), S, rtol=0.04, atol=0.001)
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("rk4", 4)])
+def test_orders(solver, order):
+    """The flow of a Gaussian is known: x_0 = M + S^(1/2) x_1, as the path's covariances commute."""
+    x = torch.randn(64, 1, 1, 2, generator=torch.Generator().manual_seed(1)).double() * 0.5
+    values, vectors = torch.linalg.eigh(S)
+    want = M + x.flatten(1) @ (vectors * values.sqrt() @ vectors.T)
+    assert want.abs().max() < 1  # nothing is clipped
+    steps, errors = np.array([20, 40, 80, 160]), []
+    for n in steps.tolist():
+        cfg = Config(shape=(1, 1, 2), guidance=1.0, solver=solver, sampling_steps=n)
+        got, _ = rf.sample(gaussian, x, torch.zeros(64, dtype=torch.long), cfg)
+        errors.append((got.flatten(1) - want).square().mean().sqrt().item())
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert order - 0.2 < slope < order + 0.5, errors
+
+
+def test_euler_is_that_of_diffusers():
+    model, cfg = random_model(SMALL), replace(SMALL, guidance=1.0, sampling_steps=10)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=np.linspace(1, 0.1, 10))
+    x, y = torch.randn(3, 1, 16, 16), torch.arange(3)
+    want = x
+    with torch.no_grad():
+        for k in scheduler.timesteps:
+            v = model(want, torch.full((3,), k.item() / 1000), y)
+            want = scheduler.step(v, k, want, return_dict=False)[0]
+    got, history = rf.sample(model, x, y, cfg)
+    torch.testing.assert_close(got, want.clamp(-1, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(history[-1].clamp(-1, 1), got)  # the last estimate is the image
+
+
+# ------------------------------------------------------------------------------------------------
+# Optimizer
+
+
+@pytest.mark.parametrize("rows, columns", [(32, 32), (96, 32), (32, 128)])
+def test_orthogonal(rows, columns):
+    u, _, vh = torch.linalg.svd(torch.randn(3, rows, columns), full_matrices=False)
+    x = rf.orthogonal(u * torch.linspace(0.05, 1, u.shape[-1]) @ vh)  # a known, wide spectrum
+    spectrum = u.mT @ x @ vh.mT  # diagonal, as the singular vectors stay
+    diagonal = spectrum.diagonal(dim1=1, dim2=2)
+    assert 0.5 < diagonal.min() and diagonal.max() < 1.3
+    assert (spectrum - torch.diag_embed(diagonal)).abs().max() < 1e-3
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has it since 2.9")
+def test_muon_is_that_of_pytorch():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(s)) for s in ((48, 16), (16, 16), (48, 16), (16, 64))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    group = {"params": ours, "momentum": 0.95, "weight_decay": 0.1}
+    mine = rf.Muon([group], lr=0.02, fused=True)
+    mine.dtype, mine.found_inf = torch.bfloat16, torch.zeros(())
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95)
+    for _ in range(5):
+        grads = [torch.randn_like(p) for p in ours]
+        for params in (ours, theirs):
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g.clone()
+        mine.step()
+        reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=3e-3)  # bfloat16; five steps move each by about 0.02
+
+
+def test_a_bad_step_changes_nothing():
+    model = rf.build_model(SMALL)
+    optimizer = rf.make_optimizer(model, SMALL, torch.float32)
+    for bad in (False, True):
+        before = [p.detach().clone() for p in model.parameters()]
+        for p in model.parameters():
+            p.grad = torch.full_like(p, float("nan")) if bad else torch.randn_like(p)
+        optimizer.found_inf = torch.tensor(float(bad))
+        optimizer.step()
+        moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+        assert not any(moved) if bad else all(moved)
+    assert all(v.isfinite().all() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v))
+    groups = optimizer.param_groups
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    assert {p.ndim for p in groups[0]["params"]} == {2} and groups[0]["peak"] == SMALL.muon_lr
+    plain = rf.make_optimizer(model, replace(SMALL, optimizer="adamw"), torch.float32)
+    assert not any("momentum" in g for g in plain.param_groups)
+
+
+# ------------------------------------------------------------------------------------------------
+# Training, in this process
+
+
+def train(tmp_path, monkeypatch, *flags):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFUSION_LOGS", str(tmp_path / "logs"))
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    with monkeypatch.context() as m:
+        m.setattr("sys.stdout", os.sys.stdout)
+        m.setattr("sys.stderr", os.sys.stderr)
+        try:
+            with common.one_line_errors():
+                cfg = common.parse(Config, rf.__doc__, [*TINY, "--dataset", "digits", *map(str, flags)])
+                rf.sample_run(cfg) if cfg.sample else rf.train(cfg)
+        finally:
+            for s, h in handlers.items():
+                signal.signal(s, h)
+    return newest_run(tmp_path)
+
+
+def newest_run(tmp_path):
+    return max((tmp_path / "logs" / "rf").iterdir(), key=lambda p: p.stat().st_mtime_ns)
+
+
+def lines(run, name="loss"):
+    return [json.loads(x) for x in (run / "metrics" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_overfits_ten_images(tmp_path, monkeypatch):
+    data = common.load_dataset("digits", image_size=16)
+    for i in range(10):
+        file = tmp_path / "few" / str(i) / "image.png"
+        file.parent.mkdir(parents=True)
+        Image.fromarray(data.images[i, 0].numpy()).save(file)
+    flags = ["--dataset", tmp_path / "few", "--dim", 64, "--depth", 4, "--bs", 20]
+    run = train(tmp_path, monkeypatch, *flags, "--steps", 700, "--eval-every", 0)
+    cfg = replace(SMALL, dim=64, depth=4, guidance=1.0)
+    model = rf.build_model(cfg)
+    model.load_state_dict(common.newest_checkpoint(run)["ema"])
+    noise = torch.randn(20, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    images, _ = rf.sample(model.eval(), noise, torch.arange(20) % 10, cfg)
+    targets = data.images[:10].float() / 127.5 - 1
+    targets = torch.cat([targets, targets.flip(-1)])  # a folder's images are mirrored half of the time
+    nearest = (torch.cdist(images.flatten(1), targets.flatten(1)).square() / 256).min(1)
+    assert nearest.values.median() < 0.06, nearest  # the mean square of a digit is about 0.8
+    assert (nearest.indices % 10 == torch.arange(20) % 10).float().mean() >= 0.9  # and of the class asked for
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch):
+    original, calls = rf.loss_per_sample, []
+
+    def sabotaged(*args):
+        calls.append(1)
+        return original(*args) * (float("nan") if len(calls) in (3, 4, 8) else 1)
+
+    monkeypatch.setattr(rf, "loss_per_sample", sabotaged)
+    run = train(tmp_path, monkeypatch, "--steps", 10, "--log-every", 5, "--eval-every", 0)
+    assert [x["step"] for x in lines(run) if x.get("skipped")] == [3, 4, 8]
+    state = common.newest_checkpoint(run)
+    assert state["skipped"] == 3
+    assert all(v.isfinite().all() for v in [*state["model"].values(), *state["ema"].values()])
+    kept = [v for s in state["optimizer"]["state"].values() for v in s.values()]
+    assert kept and all(v.isfinite().all() for v in kept)
+
+
+def test_the_loop_reads_the_device_only_to_log(tmp_path, monkeypatch):
+    reads = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+
+        def spy(self, *args, original=original, name=name):
+            reads.append(name)
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    counts = []
+    for steps in (20, 40):
+        reads.clear()
+        train(tmp_path, monkeypatch, "--steps", steps, "--log-every", 1000, "--eval-every", 0)
+        counts.append(len(reads))
+    assert counts[0] == counts[1], reads
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--optimizer adamw --positions sincos --adaln block",
+        "--t-sampling logit-normal --shift 2 --solver heun --weight-decay 0.1",
+        "--class-dropout 1 --solver rk4 --channels 3 --dropout 0.1",
+        "--class-dropout 0 --guidance 1 --grad-accum 4",
+        "--grad-checkpoint --dtype bfloat16 --guidance-interval 0.2 0.8",
+    ],
+)
+def test_flags_train_and_sample(tmp_path, monkeypatch, capsys, flags):
+    run = train(tmp_path, monkeypatch, *flags.split(), "--steps", 4, "--eval-every", 2)
+    assert len(lines(run)) == 4 and len(lines(run, "val")) == 2
+    assert None not in lines(run, "val")[0]["loss_t"]
+    assert (
+        Image.open(run / "samples" / "step_00000004.png").size
+        == Image.open(run / "samples" / "step_00000004.gif").size
+    )
+    rate = re.search(r"speed   ([\d.]+) images/s a process, ([\d.e-]+) TFLOP/s", capsys.readouterr().out)
+    assert float(rate[1]) > 0 and float(rate[2]) > 0
+
+
+def test_flops_are_counted_by_hand():
+    """A linear layer of m x n takes 2 m n a token, attention 4 N dim a token."""
+    cfg = Config(dim=64, depth=3, heads=2, patch=2, shape=(3, 8, 8))
+    line = rf.speed(cfg, torch.device("cpu"), torch.float32, 1e9)
+    tokens, per_block = 16, 2 * (3 + 1 + 4 + 4) * 64 * 64 + 4 * 16 * 64
+    outside = tokens * 2 * 2 * 12 * 64 + 2 * (256 * 64 + 64 * 64 + (6 + 2) * 64 * 64)
+    want = 3 * (3 * tokens * per_block + outside) * 1e9 / 1e12
+    assert float(re.search(r"([\d.e+]+) TFLOP/s", line)[1]) == pytest.approx(want, rel=0.01)
+
+
+def test_grad_accum_is_the_same_step(tmp_path, monkeypatch):
+    losses = []
+    for parts in (1, 4):
+        run = train(tmp_path, monkeypatch, "--steps", 5, "--grad-accum", parts, "--eval-every", 0)
+        losses.append([x["loss"] for x in lines(run)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags, match",
+    [
+        ("--patch 5", r"--patch 5 does not divide 16 pixels; choose from \[1, 2, 4, 8, 16\]"),
+        ("--dim 36", "--dim 36 is no multiple of 4 x --heads, 8"),
+        ("--depth 0", "--depth is 0; give 1 or more"),
+        ("--bs 8 --grad-accum 3", "--bs 8 is no multiple"),
+        ("--lr 0", "--lr is 0"),
+        ("--muon-lr nan", "--muon-lr is nan"),
+        ("--shift inf", "--shift is inf"),
+        ("--warmup -1", "--warmup is -1; give 0 or more"),
+        ("--class-dropout 0", "--guidance needs"),
+        ("--dropout 1.5", "--dropout is 1.5; give 0 to 1"),
+        ("--guidance-interval 0.5", "--guidance-interval takes two times"),
+        ("--guidance-interval 0.8 0.2", "--guidance-interval takes two times"),
+        ("--dataset nowhere", "there is no dataset nowhere"),
+        ("--dataset cifar10 --data-root none", "cifar10 is not in"),
+        ("--solver dopri", "invalid choice"),
+        ("--stpes 3", "did you mean --steps"),
+        ("--resume nowhere", "nowhere is no run"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, flags, match):
+    with pytest.raises(SystemExit) as e:
+        train(tmp_path, monkeypatch, "--steps", 2, *flags.split())
+    text = capsys.readouterr().err
+    assert e.value.code == 2 and text.startswith("error: ") and text.count("\n") == 1 and "; " in text, text
+    assert re.search(match, text), text
+    assert not (tmp_path / "logs").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs as processes
+
+
+def weights(run):
+    state = common.newest_checkpoint(run)
+    return [state["step"], *state["model"].values(), *state["ema"].values(), state["optimizer"]["state"]]
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    return True
+
+
+RUN = [*TINY, "--dataset", "digits", "--steps", 60, "--save-every", 5, "--eval-every", 30, "--log-every", 3]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of the real script."""
+    home = tmp_path_factory.mktemp("whole")
+    command = [sys.executable, Path(rf.__file__), *map(str, RUN)]
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "DIFFUSION_LOGS": str(home / "logs")}
+    p = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+    assert p.returncode == 0 and p.stderr == "", p.stderr
+    assert lines(newest_run(home), "val")[1]["loss"] < lines(newest_run(home), "val")[0]["loss"]
+    return newest_run(home)
+
+
+def test_kill_9_then_resume_is_bit_exact(whole, script, tmp_path):
+    process = script(NAME, *RUN, "--save-every", 1, wait=False)
+    while process.poll() is None and not any(
+        f.read_text().count("\n") > 10 for f in (tmp_path / "logs").glob("rf/*/metrics/loss.jsonl")
+    ):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    run = newest_run(tmp_path)
+    assert process.returncode == -signal.SIGKILL and len(lines(run)) < 60
+    p = script(NAME, "--resume", run)
+    assert p.returncode == 0 and same(weights(run), weights(whole)), p.err
+    assert [x["loss"] for x in lines(run)] == [x["loss"] for x in lines(whole)]
+    assert lines(run, "val") == lines(whole, "val")
+
+
+def test_two_processes_train_as_one(whole, script, tmp_path):
+    prefix = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    p = script(NAME, *RUN, "--num-samples", 11, prefix=prefix, env={"OMP_NUM_THREADS": "1"})
+    assert p.returncode == 0, p.err
+    run = newest_run(tmp_path)
+    got, want = ([x["loss"] for x in lines(r)] for r in (run, whole))
+    assert got == pytest.approx(want, rel=2e-3) and got[:5] == pytest.approx(want[:5], rel=1e-5)
+    assert len(list((tmp_path / "logs/rf").iterdir())) == 1
+    assert lines(run, "val")[-1]["loss"] == pytest.approx(lines(whole, "val")[-1]["loss"], rel=2e-3)
+    both, alone = (np.asarray(Image.open(r / "samples/step_00000060.png"), int) for r in (run, whole))
+    top = slice(0, alone.shape[0] - 2)  # the first ten samples, drawn by two processes and by one
+    assert np.abs(both[top] - alone[top]).mean() < 1
+
+
+def test_sampled_by_itself_and_by_ddim_sample(whole, script):
+    p = script(NAME, "--sample", whole, "--solver", "heun", "--guidance", 3, "--guidance-interval", 0.1, 0.9)
+    assert p.returncode == 0 and (whole / "samples" / "step_00000060_heun4_w3_seed0.gif").exists(), p.err
+    p = script("ddim_sample.py", whole, "--steps", 4, "--num", 10, "--npz")
+    assert p.returncode == 0, p.err
+    (file,) = (whole / "samples").glob("*.npz")
+    assert np.load(file)["arr_0"].shape == (10, 16, 16, 1)
+    p = script(NAME, "--resume", whole, "--muon-lr", 1)
+    assert p.returncode == 2 and p.err.startswith("error: --muon-lr 1.0 is not the run's (0.02)")
