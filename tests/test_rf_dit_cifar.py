@@ -324,8 +324,8 @@ def test_overfits_ten_images(tmp_path, monkeypatch):
         file = tmp_path / "few" / str(i) / "image.png"
         file.parent.mkdir(parents=True)
         Image.fromarray(data.images[i, 0].numpy()).save(file)
-    flags = ["--dataset", tmp_path / "few", "--dim", 64, "--depth", 4, "--bs", 20]
-    run = train(tmp_path, monkeypatch, *flags, "--steps", 700, "--eval-every", 0)
+    flags = ["--dataset", tmp_path / "few", "--dim", 64, "--depth", 4, "--bs", 40, "--lr", 4e-3]
+    run = train(tmp_path, monkeypatch, *flags, "--muon-lr", 0.05, "--steps", 1000, "--eval-every", 0)
     cfg = replace(SMALL, dim=64, depth=4, guidance=1.0)
     model = rf.build_model(cfg)
     model.load_state_dict(common.newest_checkpoint(run)["ema"])
