@@ -417,7 +417,7 @@ class Muon(torch.optim.AdamW):
 
 
 def make_optimizer(model, cfg, dtype):
-    """`peak` is the highest learning rate of a group; Muon orthogonalises in dtype, which need not be exact."""
+    """`peak` is the highest learning rate of a group; dtype that of orthogonal(), which need not be exact."""
     hidden = {id(p): p for p in model.blocks.parameters() if p.ndim == 2 and cfg.optimizer == "muon"}
     rest = [p for p in model.parameters() if id(p) not in hidden]
     groups = [
