@@ -238,7 +238,7 @@ def test_a_damaged_classifier_is_trained_again(damage, small, tmp_path, capsys):
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:5000])
     elif damage == "weights":
-        state = torch.load(file)
+        state = torch.load(file, weights_only=True)
         state["model"]["head.bias"] += 1
         torch.save(state, file)
     else:
