@@ -23,6 +23,7 @@ import copy
 import ctypes
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -39,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 import ddpm_unet_mnist as ddpm  # noqa: E402
 import rf_dit_cifar as rf  # noqa: E402
-from common import say  # noqa: E402
+from common import UserError, say  # noqa: E402
 
 
 @dataclass
@@ -69,9 +70,11 @@ def ours(script, cfg, device, dtype, use_compile):
     def steps():
         ema, net = common.EMA(model, cfg.ema_decay), torch.compile(model) if use_compile else model
         if script is rf:
-            optimizer = rf.make_optimizer(model, cfg, torch.bfloat16)
+            optimizer = rf.make_optimizer(
+                model, cfg, torch.bfloat16 if common.device_facts(device)[1] else torch.float32
+            )
         else:
-            optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.99), fused=True)
+            optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.99), weight_decay=0, fused=True)
         batches = common.Batches(random_images(cfg), cfg.bs, 0, device)
         for step in itertools.count():
             x0, y = batches(step)
@@ -93,35 +96,34 @@ def ours(script, cfg, device, dtype, use_compile):
     return model, steps()
 
 
+class Images(torch.utils.data.Dataset):
+    """Pillow images and torchvision's transforms, as in public training scripts."""
+
+    def __init__(self, cfg):
+        from torchvision import transforms
+
+        self.data = random_images(cfg)
+        self.pictures = [transforms.functional.to_pil_image(x) for x in self.data.images]
+        half = [0.5] * cfg.shape[0]
+        parts = transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(half, half)
+        self.transform = transforms.Compose(parts)
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, i):
+        return self.transform(self.pictures[i]), self.data.labels[i]
+
+
 def theirs(model, call, cfg, device, dtype, use_compile, average):
     """-> (model, steps): the usual loop. call(net, x, t, y) -> prediction; average(model) -> a step's EMA."""
-    from torchvision import transforms
-
-    class Images(torch.utils.data.Dataset):
-        def __init__(self):
-            self.data = random_images(cfg)
-            self.pictures = [transforms.functional.to_pil_image(x) for x in self.data.images]
-            half = [0.5] * cfg.shape[0]
-            parts = [
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(half, half),
-            ]
-            self.transform = transforms.Compose(parts)
-
-        def __len__(self):
-            return len(self.pictures)
-
-        def __getitem__(self, i):
-            return self.transform(self.pictures[i]), self.data.labels[i]
-
     model = model.to(device)
 
     def steps():
         optimizer, update = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0), average(model)
         net = torch.compile(model) if use_compile else model
         loader = torch.utils.data.DataLoader(
-            Images(), cfg.bs, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
+            Images(cfg), cfg.bs, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
         )
         while True:
             for x0, y in loader:
@@ -204,10 +206,10 @@ class PublicDiT(nn.Module):
 
 
 def random_images(cfg):
-    """As many bytes as a small dataset; what is in them does not change a step's time."""
-    g = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (2000, *cfg.shape), generator=g, dtype=torch.uint8)
-    labels = torch.randint(0, cfg.num_classes, (2000,), generator=g)
+    """A hundred batches; what is in them does not change a step's time."""
+    g, n = torch.Generator().manual_seed(0), 100 * cfg.bs
+    images = torch.randint(0, 256, (n, *cfg.shape), generator=g, dtype=torch.uint8)
+    labels = torch.randint(0, cfg.num_classes, (n,), generator=g)
     return common.Dataset("random", images, labels, [str(c) for c in range(cfg.num_classes)], flip=True)
 
 
@@ -347,6 +349,8 @@ def measure(contenders, cfg, calls, flags, device):
             for _ in range(row["count"]):
                 loss = next(row["steps"])
             row["loss"] = float(loss)  # waits for the device
+            if not math.isfinite(row["loss"]):
+                raise RuntimeError(f"{row['name']}: the loss is {row['loss']}; its time means nothing")
             if turn:  # in the first, memory comes back from the system
                 row["ms"].append(1e3 * (time.perf_counter() - start) / row["count"])
     for row in running.values():
@@ -388,9 +392,16 @@ def report(title, rows, pairs):
 
 def main():
     flags = common.parse(Config, __doc__)
+    for name in ("rounds", "bs", "unet_bs"):
+        if getattr(flags, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is {getattr(flags, name)}; give 1 or more")
+    if not Path(flags.out).parent.is_dir():
+        raise UserError(f"--out {flags.out} lies in no folder; make that first")
     device, results = common.pick_device(flags.device), {}
     torch.set_float32_matmul_precision("high")
-    say(f"{common.device_facts(device)[0]}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}")
+    machine = f"{common.device_facts(device)[0]}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}"
+    say(machine)
     eager, fast = "float32, eager", "bfloat16, compiled"
     if flags.only != "unet":
         rows = measure(*dit_contenders(flags, device), flags, device)
@@ -413,7 +424,7 @@ def main():
         report(f"UNet; {flags.unet_bs} images of 28x28", rows, pairs)
         results["unet"] = rows
     if flags.out:
-        text = json.dumps({"flags": vars(flags), **results}, indent=1).encode()
+        text = json.dumps({"machine": machine, "flags": vars(flags), **results}, indent=1).encode()
         common.write_atomically(Path(flags.out), lambda f: f.write(text))
 
 
