@@ -53,9 +53,8 @@ def one_line_errors():
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        text = (
-            f"{e.strerror}: {e.filename or 'the run folder'}; make room, or write elsewhere (--logs, --out)"
-        )
+        place = e.filename or "the run folder"
+        text = f"{e.strerror}: {place}; make room, or write elsewhere (--logs, --out, --cache)"
     print(f"error: {text}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -74,7 +73,7 @@ INVOCATION = {"resume", "sample", "config"}  # flags that name a run instead of 
 # A run's flags hold, but --resume may change how long, how often and where it runs, --sample how it samples.
 MAY_CHANGE = {
     "resume": set("steps minutes log_every eval_every sample_every save_every keep".split())
-    | set("device dtype compile grad_checkpoint data_root logs".split()),
+    | set("device dtype compile grad_checkpoint data_root logs cache vae_path".split()),
     "sample": set("guidance guidance_interval sampling_steps solver clip_x0 num_samples seed device".split()),
 }
 
@@ -193,17 +192,39 @@ class Dataset:
     """images uint8 [N, C, H, W]; labels int64 [N]; flip: may a mirrored image stand for itself?"""
 
     name: str
-    images: torch.Tensor
+    images: "torch.Tensor | Stream"
     labels: torch.Tensor
     classes: list[str]
     flip: bool
 
+    def digest(self):
+        """16 hexadecimal digits of its content; of a Stream, of the files' names, sizes and dates."""
+        x = self.images.identity if isinstance(self.images, Stream) else self.images.numpy().tobytes()
+        return hashlib.blake2b(x + self.labels.numpy().tobytes(), digest_size=8).hexdigest()
 
-def load_dataset(name, data_root="", split="train", image_size=0, channels=0):
+
+class Stream:
+    """Stands for images that memory may not hold: stream[rows] reads them, uint8 [n, C, H, W].
+
+    rows is a list or tensor of integers. What is unreadable comes out black, and `bad` says why: {row: text}.
+    """
+
+    def __init__(self, shape, read, identity):
+        self.shape, self.read, self.identity, self.bad = shape, read, identity, {}
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        return self.read([int(i) for i in rows])
+
+
+def load_dataset(name, data_root="", split="train", image_size=0, channels=0, most=math.inf):
     """The "train" or "test" split of `mnist`, `cifar10`, `digits`, or of a folder or .zip of images.
 
     data_root holds mnist and cifar10 (default $DIFFUSION_DATA, else data/). image_size (pixels) and channels
-    (1 or 3) of 0 keep the dataset's own. Raises UserError when it cannot be had.
+    (1 or 3) of 0 keep the dataset's own. Images of more than `most` bytes are not loaded, but are a Stream.
+    Raises UserError when it cannot be had.
     """
     root = Path(data_root or os.environ.get("DIFFUSION_DATA") or "data")
     if channels not in (0, 1, 3):
@@ -215,18 +236,26 @@ def load_dataset(name, data_root="", split="train", image_size=0, channels=0):
     elif name == "digits":
         data = _digits(split, image_size or (32 if channels == 3 else 28), channels or 1)
     elif Path(name).exists():
-        data = _files(Path(name), split, image_size)
+        data = _files(Path(name), split, image_size, most)
     else:
         raise UserError(
             f"there is no dataset {name}; give mnist, cifar10, digits, or a folder or .zip of images"
         )
-    x = data.images
-    if image_size and x.shape[-1] != image_size:
-        x = torch.nn.functional.interpolate(x.float(), (image_size,) * 2, mode="bicubic", antialias=True)
-    if channels == 1 and x.shape[1] == 3:
-        x = (x * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)  # luma, ITU-R 601
-    x = x if x.dtype == torch.uint8 else x.round_().clamp_(0, 255).to(torch.uint8)
-    data.images = x.expand(-1, 3, -1, -1).contiguous() if channels == 3 else x
+
+    def fit(x):  # uint8 [n, C, H, W] to the size and channels that are asked for
+        if image_size and x.shape[-1] != image_size:
+            x = torch.nn.functional.interpolate(x.float(), (image_size,) * 2, mode="bicubic", antialias=True)
+        if channels == 1 and x.shape[1] == 3:  # luma, ITU-R 601
+            x = (x * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        x = x if x.dtype == torch.uint8 else x.round_().clamp_(0, 255).to(torch.uint8)
+        return x.expand(-1, 3, -1, -1).contiguous() if channels == 3 else x
+
+    x, shape = data.images, (channels or data.images.shape[1], *[image_size or data.images.shape[-1]] * 2)
+    if isinstance(x, Stream) or len(x) * math.prod(shape) > most:
+        data.images = Stream((len(x), *shape), lambda rows: fit(x[rows]), data.digest().encode())
+        data.images.bad = getattr(x, "bad", {})
+    else:
+        data.images = fit(x)
     return data
 
 
@@ -275,7 +304,7 @@ def _digits(split, size, channels):
     return Dataset("digits", images, torch.arange(n) % 10, [str(d) for d in range(10)], flip=False)
 
 
-def _files(root, split, size):
+def _files(root, split, size, most):
     """A folder or .zip with images at any depth; an image's class is the name of the folder it lies in.
 
     Splits: top folders train/ and test/ (or val/), or X-train.zip beside X-test.zip; else every 20th image is
@@ -290,10 +319,12 @@ def _files(root, split, size):
                 [str(f.relative_to(root)) for f in root.rglob("*")],
                 lambda n: (root / n).read_bytes(),
             )
+            identity = lambda n: [n, os.stat(root / n).st_size, os.stat(root / n).st_mtime_ns]  # noqa: E731
         else:  # read member by member and never extracted: no name can lead outside
             archive = zipfile.ZipFile(root)
-            sizes = {i.filename: i.file_size for i in archive.infolist()}
-            names, read = list(sizes), lambda n: archive.read(n) if sizes[n] < 1 << 28 else b""
+            infos = {i.filename: i for i in archive.infolist()}
+            names, read = list(infos), lambda n: archive.read(n) if infos[n].file_size < 1 << 28 else b""
+            identity = lambda n: [n, infos[n].CRC]  # noqa: E731
     except (OSError, zipfile.BadZipFile) as e:
         raise UserError(
             f"{root} is no readable folder or .zip ({why(e)}); give one that holds images"
@@ -322,6 +353,19 @@ def _files(root, split, size):
 
     found = (load(n, 0) for n in names) if size == 0 else ()
     size = size or next((len(x[0]) for x in found if isinstance(x, tuple)), 1)
+    shape, labels = (len(names), 3, size, size), [classes.index(Path(n).parent.name) for n in names]
+    if math.prod(shape) > most:
+        pool, black = ThreadPoolExecutor(os.cpu_count()), np.zeros((size, size, 3), np.uint8)
+
+        def read_rows(rows):
+            found = list(pool.map(lambda i: load(names[i], size), rows))
+            stream.bad |= {i: x for i, x in zip(rows, found, strict=True) if isinstance(x, str)}
+            found = np.stack([black if isinstance(x, str) else x[0] for x in found])
+            return torch.from_numpy(found).permute(0, 3, 1, 2)
+
+        stream = Stream(shape, read_rows, repr([size, [identity(n) for n in names]]).encode())
+        return Dataset(root.stem, stream, torch.tensor(labels), classes, flip=True)
+
     images, grays, labels, bad = np.empty((len(names), size, size, 3), np.uint8), [], [], []
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding leaves Python's lock
         for name, x in zip(names, pool.map(functools.partial(load, size=size), names), strict=True):
@@ -364,33 +408,50 @@ def decode_image(data, size):
     return np.asarray(image), gray
 
 
-class Batches:
-    """`x, y = batches(step)`: batches as a pure function of (seed, step, rank).
+class Order:
+    """`rows = order(step)`: which samples make the batch of a step, int64 [bs]: a function of (seed, step).
 
-    Sample j of step s is number s * bs + j of a stream of epochs, each its own shuffle; a rank has its
-    slice. x is float32 [bs / world, C, H, W] in [-1, 1], on the device of the uint8 tensor; y int64.
+    Sample j of step s is number s * bs + j of a stream of epochs, each its own shuffle of n.
+    """
+
+    def __init__(self, n, bs, seed, device="cpu"):
+        self.n, self.bs, self.seed, self.device = n, bs, seed, device
+        self.epoch = functools.lru_cache(2)(self._epoch)
+
+    def _epoch(self, epoch):
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "data", epoch))
+        return torch.randperm(self.n, generator=generator).to(self.device)
+
+    def __call__(self, step):
+        i, end, parts = step * self.bs, (step + 1) * self.bs, []
+        while i < end:  # a batch may span epochs
+            epoch, k = divmod(i, self.n)
+            parts.append(self.epoch(epoch)[k : k + end - i])
+            i += len(parts[-1])
+        return torch.cat(parts)
+
+    def mirrored(self, step):
+        """Which of them are to be flipped, bool [bs] on the CPU."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "flip", step))
+        return torch.rand(self.bs, generator=generator) < 0.5
+
+
+class Batches:
+    """`x, y = batches(step)`: images and labels in the order above, of which a rank has its slice.
+
+    x is float32 [bs / world, C, H, W] in [-1, 1], on the device of the uint8 tensor; y int64.
     """
 
     def __init__(self, data, bs, seed, device, rank=0, world=1):
         self.images, self.labels, self.flip = data.images.to(device), data.labels.to(device), data.flip
-        self.bs, self.seed, self.mine = bs, seed, slice(rank * bs // world, (rank + 1) * bs // world)
-        self.order = functools.lru_cache(2)(self._order)
-
-    def _order(self, epoch):
-        generator = torch.Generator().manual_seed(seed_of(self.seed, "data", epoch))
-        return torch.randperm(len(self.images), generator=generator).to(self.images.device)
+        self.order = Order(len(self.images), bs, seed, device)
+        self.mine = slice(rank * bs // world, (rank + 1) * bs // world)
 
     def __call__(self, step):
-        n, i, end, parts = len(self.images), step * self.bs, (step + 1) * self.bs, []
-        while i < end:  # a batch may span epochs
-            epoch, k = divmod(i, n)
-            parts.append(self.order(epoch)[k : k + end - i])
-            i += len(parts[-1])
-        rows = torch.cat(parts)[self.mine]
+        rows = self.order(step)[self.mine]
         x = self.images[rows].float() / 127.5 - 1
         if self.flip:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, "flip", step))
-            mirror = (torch.rand(self.bs, generator=generator) < 0.5)[self.mine].to(x.device)
+            mirror = self.order.mirrored(step)[self.mine].to(x.device)
             x = torch.where(mirror.view(-1, 1, 1, 1), x.flip(-1), x)
         return x, self.labels[rows]
 
@@ -596,13 +657,12 @@ class Run:
             return
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
         count, shape = sum(p.numel() for p in model.parameters()), "x".join(map(str, data.images.shape[1:]))
-        hashed = hashlib.blake2b(data.images.numpy().tobytes() + data.labels.numpy().tobytes(), digest_size=8)
         facts = {
             "command": " ".join(sys.argv),
             "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
             "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
             "device": device_facts(device)[0],
-            "dataset": f"{data.name}, {len(data.labels)} images {shape}, blake2b {hashed.hexdigest()}",
+            "dataset": f"{data.name}, {len(data.labels)} images {shape}, blake2b {data.digest()}",
             "parameters": count,
             **more,
             "config": {k: list(v) if isinstance(v, tuple) else v for k, v in self.config.items()},
@@ -684,8 +744,8 @@ class Run:
         for old in sorted(home.glob("step_*.pt"))[: -self.cfg.keep]:
             old.unlink()
 
-    def pictures(self, name, images, history):
-        """samples/NAME.png and NAME.gif, see save_pictures."""
+    def pictures(self, name, images, history=()):
+        """samples/NAME.png and, of a history, NAME.gif, see save_pictures."""
         if self.rank == 0:
             with harmless("the pictures"):
                 save_pictures(self.dir / "samples" / name, images, history)
@@ -707,8 +767,8 @@ def harmless(what):
         say(f"warning: {what} could not be written ({e.strerror})")
 
 
-def save_pictures(path, images, history, columns=10):
-    """PATH.png: images [N, C, H, W] in [-1, 1] as a grid. PATH.gif: a list of such, 50 of each."""
+def save_pictures(path, images, history=(), columns=10):
+    """PATH.png: images [N, C, H, W] in [-1, 1] as a grid. PATH.gif: a list of such, if any, 50 of each."""
     from torchvision.utils import make_grid
 
     def picture(x):
@@ -718,6 +778,8 @@ def save_pictures(path, images, history, columns=10):
         return frame.resize((frame.width * zoom, frame.height * zoom), Image.Resampling.NEAREST)
 
     picture(images).save(f"{path}.png")
+    if not len(history):
+        return
     colours = (
         16 if images.shape[1] == 1 else 128
     )  # noise compresses badly: fewer colours, a third of the bytes

@@ -16,6 +16,7 @@ during a step over what was held before it.
 
     python tests/benchmark.py                     DiT-S/2 on 32x32x3 at 32 images, UNet on 28x28 at 48
     python tests/benchmark.py --only dit --dim 768 --heads 12 --bs 128
+    python tests/benchmark.py --only latent       the same DiT on latents of 7x7 and on pixels at patch 2
 """
 
 import contextlib
@@ -39,13 +40,14 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 import ddpm_unet_mnist as ddpm  # noqa: E402
+import latent_dit_sdvae as ld  # noqa: E402
 import rf_dit_cifar as rf  # noqa: E402
 from common import UserError, say  # noqa: E402
 
 
 @dataclass
 class Config:
-    only: Literal["all", "dit", "unet"] = "all"  # which comparison
+    only: Literal["all", "dit", "unet", "latent"] = "all"  # which comparison
     dim: int = 384  # of the DiT
     depth: int = 12  # of the DiT
     heads: int = 6  # of the DiT
@@ -69,19 +71,24 @@ def ours(script, cfg, device, dtype, use_compile):
 
     def steps():
         ema, net = common.EMA(model, cfg.ema_decay), torch.compile(model) if use_compile else model
-        if script is rf:
-            optimizer = rf.make_optimizer(
-                model, cfg, torch.bfloat16 if common.device_facts(device)[1] else torch.float32
-            )
-        else:
+        if script is ddpm:
             optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.99), weight_decay=0, fused=True)
-        batches = common.Batches(random_images(cfg), cfg.bs, 0, device)
+        else:
+            fast = torch.bfloat16 if common.device_facts(device)[1] else torch.float32
+            optimizer = script.make_optimizer(model, cfg, fast)
+        data = random_images(cfg)
+        if script is ld:
+            stored = torch.randn(len(data.labels), 1, 2, *cfg.shape).half().numpy()
+            batches = ld.Latents(stored, data.labels, cfg, device, 0, 1)
+        else:
+            batches = common.Batches(data, cfg.bs, 0, device)
         for step in itertools.count():
-            x0, y = batches(step)
+            *x0, y = batches(step)
+            x0 = x0[0] + x0[1] * torch.randn_like(x0[1]) if script is ld else x0[0]
             noise = torch.Generator(device).manual_seed(step)
             eps = torch.randn(x0.shape, generator=noise, device=device)
             u = torch.rand(2, cfg.bs, generator=noise, device=device)
-            t = rf.draw_times(u[0], cfg) if script is rf else (u[0] * 1000).floor().add(1) / 1000
+            t = (u[0] * 1000).floor().add(1) / 1000 if script is ddpm else script.draw_times(u[0], cfg)
             y = torch.where(u[1] < cfg.class_dropout, cfg.num_classes, y)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = script.loss_per_sample(net, x0, y, t, eps, cfg).mean()
@@ -278,6 +285,18 @@ def unet_contenders(flags, device):
     return found, cfg, {"call": lambda net, x, t, y: net(x, t, y), "call_diffusers": call_diffusers}
 
 
+def latent_contenders(flags, device):
+    """The same blocks on the 49 latents of an image of 28x28 and on the 196 squares of its pixels."""
+    common_flags = {"dim": 128, "depth": 6, "heads": 4, "bs": flags.bs}
+    latent = ld.Config(**common_flags, patch=1, shape=(4, 7, 7))
+    pixels = rf.Config(**common_flags, patch=2, shape=(1, 28, 28))
+    found = {
+        "latents, bfloat16, compiled": (BF16[0], lambda: ours(ld, latent, device, *BF16)),
+        "pixels, bfloat16, compiled": (BF16[0], lambda: ours(rf, pixels, device, *BF16)),
+    }
+    return found, {"latents": latent, "pixels": pixels}, {"call": lambda net, x, t, y: net(x, t, y)}
+
+
 # ------------------------------------------------------------------------------------------------
 # Measuring
 
@@ -334,8 +353,15 @@ def measure(contenders, cfg, calls, flags, device):
             float(next(steps))
             count = max(1, round(1 / (time.perf_counter() - start)))  # a turn takes a second or more
             call = calls["call_diffusers" if "diffusers" in name else "call"]
+            shaped = cfg[name.split(",")[0]] if isinstance(cfg, dict) else cfg
             row = {"name": name, "dtype": dtype, "parameters": sum(p.numel() for p in model.parameters())}
-            running[name] = row | {"flops": flops(model, call, cfg), "steps": steps, "count": count, "ms": []}
+            running[name] = row | {
+                "flops": flops(model, call, shaped),
+                "bs": shaped.bs,
+                "steps": steps,
+                "count": count,
+                "ms": [],
+            }
         except Exception as e:  # a peer that does not compile here is no reason to stop
             say(f"{name}: failed ({common.why(e)})")
             continue
@@ -359,7 +385,7 @@ def measure(contenders, cfg, calls, flags, device):
         row["memory"] = memory.peak()
         give_back()
         ms = statistics.median(row["ms"])
-        rate = cfg.bs / ms * 1e3
+        rate = row["bs"] / ms * 1e3
         achieved, peak = rate * row["flops"], statistics.median(peaks[row["dtype"]])
         keep = {k: row[k] for k in ("name", "parameters", "loss", "memory")}
         rows.append(keep | {"ms": ms, "ms_all": row["ms"], "images_per_s": rate})
@@ -403,7 +429,7 @@ def main():
     machine = f"{common.device_facts(device)[0]}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}"
     say(machine)
     eager, fast = "float32, eager", "bfloat16, compiled"
-    if flags.only != "unet":
+    if flags.only in ("all", "dit"):
         rows = measure(*dit_contenders(flags, device), flags, device)
         pairs = [(f"ours, {fast}", f"{p}, {eager}") for p in ("public", "diffusers")]
         pairs += [
@@ -417,7 +443,11 @@ def main():
         )
         report(title, rows, pairs)
         results["dit"] = rows
-    if flags.only != "dit":
+    if flags.only in ("all", "latent"):
+        rows = measure(*latent_contenders(flags, device), flags, device)
+        report(f"DiT of dim 128, depth 6; {flags.bs} images", rows, [[r["name"] for r in rows]])
+        results["latent"] = rows
+    if flags.only in ("all", "unet"):
         rows = measure(*unet_contenders(flags, device), flags, device)
         pairs = [(f"ours, {fast}", f"diffusers, {eager}")]
         pairs += [(f"ours, {s}", f"diffusers, {s}") for s in (eager, fast)]

@@ -1,0 +1,705 @@
+"""The third script: its VAE, its cache of latents, both methods against closed forms, and its runs."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+import common
+import latent_dit_sdvae as ld
+from latent_dit_sdvae import Config
+
+NAME, CPU = "latent_dit_sdvae.py", torch.device("cpu")
+TINY = "--dim 32 --depth 2 --heads 2 --patch 1 --bs 8 --sampling-steps 4 --num-samples 10".split()
+TINY += "--compile off --dtype float32 --lr 2e-3 --dataset digits --image-size 16".split()
+SMALL = Config(dim=32, depth=2, heads=2, patch=1, shape=(4, 4, 4))
+
+
+def small_vae(folder, channels=1, seed=0, **more):
+    """A random AutoencoderKL that halves twice, in diffusers' format."""
+    torch.manual_seed(seed)
+    widths = (8, 8, 8)
+    down, up = ["DownEncoderBlock2D"] * 3, ["UpDecoderBlock2D"] * 3
+    more = {"latent_channels": 4, "norm_num_groups": 4, "mid_block_add_attention": False} | more
+    AutoencoderKL(channels, channels, down, up, widths, **more).save_pretrained(folder)
+    ld.load_vae.cache_clear()
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    return small_vae(tmp_path_factory.mktemp("vae") / "vae", scaling_factor=0.7, shift_factor=0.2)
+
+
+def prepared(vae_folder, tmp_path, **more):
+    """-> (cfg, data, held_out, vae) as train() has them."""
+    more = {"dataset": "digits", "image_size": 16, "patch": 1, "cache": str(tmp_path / "cache")} | more
+    return ld.prepare(Config(vae=str(vae_folder), **more), CPU, 0, 1)
+
+
+def few(data, n):
+    return replace(data, images=data.images[torch.arange(n)], labels=data.labels[:n])
+
+
+# ------------------------------------------------------------------------------------------------
+# VAE
+
+
+def test_the_vae_of_stable_diffusion(tmp_path, monkeypatch):
+    """Its configuration (CompVis), with random weights: shapes, scale, and never more at once than agreed."""
+    down, up, widths = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4, (128, 256, 512, 512)
+    vae = AutoencoderKL(3, 3, down, up, widths, 2, latent_channels=4, sample_size=256)
+    vae.save_pretrained(tmp_path / "sd")
+    cfg, data, _, vae = prepared(tmp_path / "sd", tmp_path, image_size=64)
+    assert cfg.shape == (4, 8, 8) and data.images.shape[1:] == (3, 64, 64) and data.flip is False
+    x = data.images[:2].float() / 127.5 - 1
+    mean, std = ld.encode(vae, x)
+    raw = vae.encode(x).latent_dist
+    torch.testing.assert_close(mean, raw.mean * 0.18215)
+    torch.testing.assert_close(std, raw.std * 0.18215)
+    torch.testing.assert_close(
+        ld.decode(mean, cfg), vae.decode(raw.mean).sample.clamp(-1, 1), rtol=0, atol=1e-4
+    )
+    sizes, original = [], vae.decode
+    monkeypatch.setattr(ld, "at_a_time", lambda cfg: 2)
+    monkeypatch.setattr(
+        ld.load_vae(cfg.vae_path, CPU), "decode", lambda z: sizes.append(len(z)) or original(z)
+    )
+    assert ld.decode(torch.randn(3, 4, 8, 8), cfg).shape == (3, 3, 64, 64) and sizes == [2, 1]
+    assert cfg.vae_path == str((tmp_path / "sd").resolve())
+
+
+def test_at_a_time_bounds_the_pixels():
+    assert ld.at_a_time(replace(SMALL, shape=(4, 32, 32))) == 16
+    assert ld.at_a_time(replace(SMALL, shape=(4, 7, 7))) == 334
+    assert ld.at_a_time(replace(SMALL, shape=(4, 512, 512))) == 1
+
+
+def test_scale_and_shift(vae_folder, tmp_path):
+    cfg, data, _, vae = prepared(vae_folder, tmp_path)
+    assert ld.scale_of(vae) == (0.7, 0.2) and cfg.shape == (4, 4, 4)
+    x = data.images[:3].float() / 127.5 - 1
+    raw = vae.encode(x).latent_dist
+    mean, std = ld.encode(vae, x)
+    torch.testing.assert_close((mean, std), ((raw.mean - 0.2) * 0.7, raw.std * 0.7))
+    torch.testing.assert_close(ld.decode(mean, cfg), vae.decode(raw.mean).sample.clamp(-1, 1))
+    assert not any(p.requires_grad for p in vae.parameters())
+
+
+def test_a_tiny_autoencoder(tmp_path):
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1),
+    ).save_pretrained(tmp_path / "tiny")  # fmt: skip
+    cfg, data, _, vae = prepared(tmp_path / "tiny", tmp_path)
+    mean, std = ld.encode(vae, data.images[:2].float() / 127.5 - 1)
+    assert cfg.shape == (4, 4, 4) and mean.shape == (2, 4, 4, 4) and std.abs().max() == 0
+    assert ld.decode(mean, cfg).shape == (2, 3, 16, 16)
+
+
+def test_a_vae_trained_for_half_a_minute(tmp_path, monkeypatch):
+    """It reconstructs, its latents have unit variance, and it is there for ever after."""
+    folder = tmp_path / "cache"
+    cfg = Config(
+        vae="train", vae_steps=120, dataset="digits", image_size=0, patch=1, cache=str(folder), steps=5
+    )
+    cfg, data, held_out, vae = ld.prepare(cfg, CPU, 0, 1)
+    x = held_out.images[:200].float() / 127.5 - 1
+    mean, std = ld.encode(vae, x)
+    assert cfg.shape == (4, 7, 7) and mean.shape == (200, 4, 7, 7)
+    assert mean.std().item() == pytest.approx(1, abs=0.05) and abs(mean.mean().item()) < 0.05
+    assert 0 < std.mean() < 0.7
+    error = (ld.decode(mean, cfg) - x).square().mean()
+    assert error < 0.1 * x.var(), error  # a constant image has 1
+    (made,) = folder.glob("vae_*/config.json")
+    assert AutoencoderKL.from_pretrained(made.parent, low_cpu_mem_usage=False).config.latent_channels == 4
+    monkeypatch.setattr(ld, "train_vae", lambda *_: pytest.fail("trained again"))
+    assert ld.prepare(replace(cfg, vae_path="", vae_hash=""), CPU, 0, 1)[0] == cfg
+
+
+@pytest.mark.parametrize("side, latent", [(28, 7), (32, 8), (64, 16), (128, 16), (256, 32)])
+def test_halvings_suit_the_size(side, latent):
+    assert side >> ld.halvings(side) == latent
+
+
+# ------------------------------------------------------------------------------------------------
+# Cache
+
+
+def cached(monkeypatch, cfg, data, vae, split="train", **more):
+    """-> (what encoded() returns, how many images it encoded, the folder)."""
+    count, original = [], ld.encode
+    with monkeypatch.context() as m:
+        m.setattr(ld, "encode", lambda vae, x: count.append(len(x)) or original(vae, x))
+        stored = ld.encoded(data, vae, cfg, split, CPU, **more)
+    return stored, sum(count), Path(stored.filename).parent
+
+
+def test_cache_is_direct_encoding(vae_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "device_facts", lambda d: ("cpu", False))  # in float32
+    cfg, data, _, vae = prepared(vae_folder, tmp_path)
+    data = replace(few(data, 600), flip=True)
+    stored, count, _ = cached(monkeypatch, cfg, data, vae)
+    x = data.images.float() / 127.5 - 1
+    want = torch.stack([torch.stack(ld.encode(vae, v), 1) for v in (x, x.flip(-1))], 1)
+    assert stored.shape == (600, 2, 2, 4, 4, 4) and stored.dtype == np.float16 and count == 1200
+    torch.testing.assert_close(torch.from_numpy(stored).float(), want, rtol=1e-3, atol=1e-3)
+    again, count, _ = cached(monkeypatch, cfg, data, vae)
+    assert count == 0 and np.array_equal(again, stored)
+    stored, *_ = cached(monkeypatch, cfg, data, vae, "test")  # held-out images are not mirrored
+    assert stored.shape == (600, 1, 2, 4, 4, 4)
+
+
+@pytest.mark.skipif(not common.device_facts(CPU)[1], reason="this machine encodes in float32")
+def test_bfloat16_is_safe_for_encoding(vae_folder, tmp_path, monkeypatch):
+    cfg, data, _, vae = prepared(vae_folder, tmp_path)
+    data = few(data, 256)
+    fast, *_ = cached(monkeypatch, cfg, data, vae)
+    mean, _ = ld.encode(vae, data.images.float() / 127.5 - 1)
+    error = torch.from_numpy(fast[:, 0, 0]).float() - mean
+    assert error.std() < 0.02 * mean.std()
+
+
+def test_cache_is_keyed_by_data_size_vae_and_split(vae_folder, tmp_path, monkeypatch):
+    cfg, data, held_out, vae = prepared(vae_folder, tmp_path)
+    data = few(data, 20)
+    folders = [cached(monkeypatch, cfg, data, vae)[2], cached(monkeypatch, cfg, data, vae)[2]]
+    assert folders[0] == folders[1]
+    changed = replace(data, images=data.images.clone())
+    changed.images[3, 0, 5, 5] += 1
+    folders += [cached(monkeypatch, cfg, changed, vae)[2], cached(monkeypatch, cfg, data, vae, "test")[2]]
+    folders += [cached(monkeypatch, cfg, replace(data, flip=True), vae)[2]]
+    for name, more in (("other", {"seed": 1}), ("scale", {"scaling_factor": 0.5})):
+        other, *_, vae2 = prepared(small_vae(tmp_path / name, **more), tmp_path)
+        folders.append(cached(monkeypatch, other, data, vae2)[2])
+    larger, more, _, vae = prepared(vae_folder, tmp_path, image_size=24)
+    folders.append(cached(monkeypatch, larger, few(more, 20), vae)[2])
+    assert len(set(folders)) == 7
+
+
+def damage(folder, how):
+    file = folder / "latents.f16"
+    if how == "bytes":
+        with open(file, "r+b") as f:
+            f.seek(file.stat().st_size // 2)
+            f.write(b"damage")
+    elif how == "truncated":
+        os.truncate(file, file.stat().st_size // 2)
+    elif how == "longer":
+        os.truncate(file, file.stat().st_size + 100)
+    elif how == "gone":
+        file.unlink()
+    elif how == "sums":
+        (folder / "sums.0.txt").write_bytes(b"0 123\nnonsense\n\n2")
+    elif how == "facts":
+        (folder / "facts.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "how, again",
+    [("bytes", 256), ("truncated", 344), ("longer", 0), ("gone", 600), ("sums", 600), ("facts", 600)],
+)
+def test_a_damaged_cache_is_noticed_and_repaired(vae_folder, tmp_path, monkeypatch, capsys, how, again):
+    cfg, data, _, vae = prepared(vae_folder, tmp_path)
+    data = few(data, 600)
+    stored, _, folder = cached(monkeypatch, cfg, data, vae)
+    want = np.array(stored)
+    damage(folder, how)
+    stored, count, _ = cached(monkeypatch, cfg, data, vae)
+    assert np.array_equal(stored, want) and count == again
+    if how in ("bytes", "truncated", "gone"):
+        assert "damaged; encoding them again" in capsys.readouterr().out
+    stored, count, _ = cached(monkeypatch, cfg, data, vae)
+    assert np.array_equal(stored, want) and count == 0
+
+
+def test_interrupted_encoding_goes_on(vae_folder, tmp_path, monkeypatch):
+    cfg, data, _, vae = prepared(vae_folder, tmp_path)
+    data, calls, original = few(data, 1000), [], ld.encode
+
+    def killed(vae, x):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(vae, x)
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(ld, "encode", killed)
+        ld.encoded(data, vae, cfg, "train", CPU)
+    stored, count, _ = cached(monkeypatch, cfg, data, vae)
+    assert count == 1000 - 2 * 256
+    whole, *_ = cached(monkeypatch, replace(cfg, cache=str(tmp_path / "other")), data, vae)
+    assert np.array_equal(stored, whole)
+
+
+def test_ranks_share_the_chunks(vae_folder, tmp_path, monkeypatch):
+    """The two calls of one job, here one after the other; they meet in test_two_processes_train_as_one."""
+    cfg, data, _, vae = prepared(vae_folder, tmp_path)
+    data = few(data, 1000)
+    monkeypatch.setattr(ld, "together", lambda world: None)
+    _, first, folder = cached(monkeypatch, cfg, data, vae, rank=0, world=2)
+    stored, second, _ = cached(monkeypatch, cfg, data, vae, rank=1, world=2)
+    assert (first, second) == (512, 488) and len(list(folder.glob("sums.*.txt"))) == 2
+    whole, count, _ = cached(monkeypatch, cfg, data, vae)  # another number of processes reads all sums
+    assert count == 0 and np.array_equal(whole, stored)
+
+
+def folder_of_images(home, n=300, size=20, bad=()):
+    pixels = np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
+    for i, x in enumerate(pixels):
+        file = home / "images" / "ab"[i % 2] / f"{i:04}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x).save(file)
+        if i in bad:
+            file.write_bytes(b"no image")
+    return str(home / "images")
+
+
+def test_images_that_memory_does_not_hold(tmp_path, monkeypatch):
+    """A folder is read when it is encoded; what is unreadable is left out, too much of it an error."""
+    vae_folder = small_vae(tmp_path / "vae", channels=3)
+    folder = folder_of_images(tmp_path, bad=(7,))
+    settings = {"dataset": folder, "bs": 16}
+    cfg, data, _, vae = prepared(vae_folder, tmp_path, **settings)
+    eager, *_ = cached(monkeypatch, cfg, data, vae)
+    monkeypatch.setattr(ld, "MOST_IN_MEMORY", 0)
+    cfg, data, held_out, vae = prepared(vae_folder, tmp_path, **settings)
+    assert isinstance(data.images, common.Stream) and torch.is_tensor(held_out.images)
+    stored, count, _ = cached(monkeypatch, cfg, data, vae)
+    bad = np.isnan(stored).all((1, 2, 3, 4, 5))
+    assert bad.sum() == 1 and np.array_equal(stored[~bad], eager) and count == 2 * len(stored)
+    again, count, _ = cached(monkeypatch, cfg, data, vae)
+    assert count == 0
+    latents, seen = ld.Latents(again, data.labels, cfg, CPU, 0, 1), 0
+    for step in range(40):
+        mean, std, y = latents(step)
+        assert mean.isfinite().all() and std.isfinite().all() and mean.shape == (16, 4, 4, 4)
+        seen += (y == 0).sum().item()
+    assert 200 < seen < 440
+    for i in (1, 3, 5, 8):
+        again[i] = np.nan
+    with pytest.raises(common.UserError, match="5 of 285 images are unreadable; remove them"):
+        ld.Latents(again, data.labels, cfg, CPU, 0, 1)
+
+
+def test_latents_come_in_the_order_of_the_batches(vae_folder, tmp_path, monkeypatch):
+    """What common.Batches would have flipped and encoded, rank by rank."""
+    monkeypatch.setattr(common, "device_facts", lambda d: ("cpu", False))
+    cfg, data, _, vae = prepared(vae_folder, tmp_path, bs=10)
+    data = replace(few(data, 64), flip=True)
+    stored, *_ = cached(monkeypatch, cfg, data, vae)
+    batches = common.Batches(data, 10, cfg.seed, CPU)
+    parts = [ld.Latents(stored, data.labels, cfg, CPU, rank, 2) for rank in (0, 1)]
+    for step in (0, 5, 6, 7):
+        x, y = batches(step)
+        means, stds, labels = (torch.cat(v) for v in zip(*(p(step) for p in parts), strict=True))
+        torch.testing.assert_close((means, stds), ld.encode(vae, x), rtol=1e-3, atol=1e-3)
+        assert torch.equal(labels, y)
+
+
+# ------------------------------------------------------------------------------------------------
+# Model, method, sampler
+
+
+def random_model(cfg, seed=0):
+    torch.manual_seed(seed)
+    model = ld.build_model(cfg)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"shape": (4, 7, 7)}, {"shape": (16, 8, 8), "patch": 2, "num_classes": 3}]
+)
+def test_shapes_start_and_gradients(more):
+    cfg = replace(SMALL, **more)
+    ld.check(cfg)
+    model = ld.build_model(cfg)
+    x, t, y = torch.randn(3, *cfg.shape), torch.rand(3), torch.tensor([0, 1, cfg.num_classes])
+    assert torch.equal(model(x, t, y), torch.zeros_like(x))
+    model = random_model(cfg)
+    out = model(x, t, y)
+    for other in (model(x, 1 - t, y), model(x, t, y.flip(0)), model(x.flip(-1), t, y)):
+        assert not torch.allclose(out, other)
+    torch.testing.assert_close(model(x[1:2], t[1:2], y[1:2]), out[1:2])  # samples do not see each other
+    grads = []
+    for model.grad_checkpoint in (False, True):
+        model.train().zero_grad()
+        model(x, t, y).square().mean().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*grads)
+    assert all(g.abs().sum() > 0 for g in grads[0])
+
+
+@pytest.mark.parametrize("method", ["rf", "ddpm"])
+def test_what_the_network_predicts(method):
+    cfg = Config(method=method, guidance=1.0)
+    x0, eps, t = torch.randn(2, 5, 4, 4, 4).unbind(0) + (torch.tensor([0.0, 0.3, 0.5, 0.9, 1.0]),)
+    alpha, sigma = (c.view(-1, 1, 1, 1) for c in ld.path(t, cfg))
+    assert alpha[0] == 1 and sigma[0] == 0 and alpha[-1] == 0 and sigma[-1] == 1
+    x, y = alpha * x0 + sigma * eps, torch.zeros(5, dtype=torch.long)
+    v = eps - x0 if method == "rf" else alpha * eps - sigma * x0
+    torch.testing.assert_close(ld.predict(lambda *_: v, x, t, y, cfg), (x0, eps), rtol=1e-4, atol=1e-5)
+    loss = ld.loss_per_sample(lambda *_: v + 2, x0, y, t, eps, cfg)
+    torch.testing.assert_close(loss, torch.full((5,), 4.0))
+    seen = []
+    ld.loss_per_sample(lambda *a: seen.append(a) or a[0], x0, y, t, eps, cfg)
+    torch.testing.assert_close(seen[0][0], x)
+    if method == "ddpm":  # Nichol & Dhariwal's schedule, but for its offset and clipping
+        k = torch.arange(100, 901, 100) / 1000
+        f = torch.cos((k + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+        torch.testing.assert_close(ld.path(k, cfg)[0] ** 2, f, rtol=0, atol=0.02)
+
+
+def test_guidance():
+    calls = []
+
+    def model(x, t, y):
+        calls.append(len(x))
+        return x * 0 + y.view(-1, 1, 1, 1).float()
+
+    cfg = Config(num_classes=10)
+    x, t, y = torch.randn(4, 1, 2, 2), torch.full((4,), 0.5), torch.full((4,), 3)
+    for w, want in ((1.0, 3.0), (0.0, 10.0), (2.0, -4.0)):
+        x0, eps = ld.predict(model, x, t, y, cfg, w)
+        torch.testing.assert_close(eps - x0, torch.full_like(x, want))
+    assert calls == [4, 8, 8]  # w = 1 is the conditional model; else one call for both
+    x0, eps = ld.predict(model, x, t, y, replace(cfg, class_dropout=1.0), 2.0)
+    torch.testing.assert_close(eps - x0, torch.full_like(x, 10.0))
+    calls.clear()
+    ld.sample(model, x, y, replace(cfg, guidance=2.0, guidance_interval=(0.3, 0.6), sampling_steps=10))
+    assert calls == [4] * 4 + [8] * 4 + [4] * 2
+
+
+M, S = torch.tensor([0.4, -0.2]).double(), torch.tensor([[0.9, 0.4], [0.4, 0.5]]).double()
+
+
+@pytest.mark.parametrize("method", ["rf", "ddpm"])
+def test_sampling_follows_the_flow_of_a_gaussian(method):
+    """For data N(M, S) x_t is N(alpha M, C), C = alpha^2 S + sigma^2 I, and x_0 = M + S^(1/2) x_1."""
+    cfg = Config(method=method, guidance=1.0)
+
+    def exact(x, t, y):
+        (alpha, sigma), one = (c[0].double() for c in ld.path(t, cfg)), torch.eye(2).double()
+        whitened = (x.flatten(1) - alpha * M) @ torch.linalg.inv(alpha**2 * S + sigma**2 * one)
+        x0, eps = M + alpha * whitened @ S, sigma * whitened
+        v = eps - x0 if method == "rf" else alpha * eps - sigma * x0
+        return v.view_as(x)
+
+    x = torch.randn(200, 1, 1, 2, generator=torch.Generator().manual_seed(1)).double()
+    values, vectors = torch.linalg.eigh(S)
+    want = M + x.flatten(1) @ (vectors * values.sqrt() @ vectors.T)
+    steps, errors = np.array([20, 40, 80, 160]), []
+    for n in steps.tolist():
+        y = torch.zeros(len(x), dtype=torch.long)
+        got, history = ld.sample(exact, x, y, replace(cfg, sampling_steps=n))
+        errors.append((got.flatten(1) - want).square().mean().sqrt().item())
+    torch.testing.assert_close(history[-1], got)
+    assert 11 <= len(history) <= 13 and errors[-1] < 0.02
+    assert 0.8 < -np.polyfit(np.log(steps), np.log(errors), 1)[0] < 1.4, errors
+
+
+def test_on_the_straight_path_it_is_euler_of_diffusers():
+    model, cfg = random_model(SMALL), replace(SMALL, guidance=1.0, sampling_steps=10)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=np.linspace(1, 0.1, 10))
+    x, y = torch.randn(3, 4, 4, 4), torch.arange(3)
+    want = x
+    with torch.no_grad():
+        for k in scheduler.timesteps:
+            v = model(want, torch.full((3,), k.item() / 1000), y)
+            want = scheduler.step(v, k, want, return_dict=False)[0]
+    torch.testing.assert_close(ld.sample(model, x, y, cfg)[0], want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_scripts_share_is_said_alike():
+    """The optimizer and the parts of the model are those of the second script, whose tests hold for them."""
+    sources = [Path(m.__file__).read_text() for m in (ld, __import__("rf_dit_cifar"))]
+    names = "patchify unpatchify rope_table rotate attention norm draw_times orthogonal".split()
+    for name in [*(f"def {n}" for n in names), "class Muon"]:
+        parts = [re.search(rf"^{name}\(.*?(?=^\S)", s.replace("\r", ""), re.M | re.S)[0] for s in sources]
+        assert parts[0] == parts[1], name
+
+
+# ------------------------------------------------------------------------------------------------
+# Training, in this process
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, vae_folder):
+    """Flags that let runs share a VAE and a cache."""
+    return ["--vae", vae_folder, "--cache", str(tmp_path_factory.mktemp("cache"))]
+
+
+def train(tmp_path, monkeypatch, *flags):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFUSION_LOGS", str(tmp_path / "logs"))
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    with monkeypatch.context() as m:
+        m.setattr("sys.stdout", os.sys.stdout)
+        m.setattr("sys.stderr", os.sys.stderr)
+        try:
+            with common.one_line_errors():
+                cfg = common.parse(Config, ld.__doc__, [*TINY, *map(str, flags)])
+                ld.sample_run(cfg) if cfg.sample else ld.train(cfg)
+        finally:
+            for s, h in handlers.items():
+                signal.signal(s, h)
+    return newest_run(tmp_path)
+
+
+def newest_run(tmp_path):
+    return max((tmp_path / "logs").glob("*/*"), key=lambda p: p.stat().st_mtime_ns)
+
+
+def lines(run, name="loss"):
+    return [json.loads(x) for x in (run / "metrics" / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--method ddpm",
+        "--method rf --latent-mode mean --t-sampling logit-normal --shift 2 --weight-decay 0.1",
+        "--class-dropout 1 --grad-accum 4 --patch 2",
+        "--class-dropout 0 --guidance 1 --grad-checkpoint --dtype bfloat16",
+    ],
+)
+def test_flags_train_and_sample(tmp_path, monkeypatch, shared, capsys, flags):
+    run = train(tmp_path, monkeypatch, *shared, *flags.split(), "--steps", 4, "--eval-every", 2)
+    method = "ddpm" if "ddpm" in flags else "rf"
+    assert run.parent.name == method and run.name.startswith(f"{method}_latentdit_")
+    assert len(lines(run)) == 4 and len(lines(run, "val")) == 2
+    assert None not in lines(run, "val")[0]["loss_t"]
+    sizes = [Image.open(run / "samples" / f"step_00000004{x}").size for x in (".png", ".gif", "_latents.png")]
+    assert sizes[0] == sizes[1] and sizes[2][0] == 10 * (4 + 2) * 16 + 2 * 16
+    picture = np.asarray(Image.open(run / "samples" / "reconstruction.png"))
+    assert picture.shape[0] == picture.shape[1] and "with a PSNR of" in capsys.readouterr().out
+
+
+def test_draws_are_fresh_or_the_mean(tmp_path, monkeypatch, shared):
+    seen, original = {"sample": [], "mean": []}, ld.loss_per_sample
+
+    def spy(model, x0, y, t, eps, cfg):
+        seen[cfg.latent_mode].append(x0.clone())
+        return original(model, x0, y, t, eps, cfg)
+
+    monkeypatch.setattr(ld, "loss_per_sample", spy)
+    for mode in seen:
+        train(tmp_path, monkeypatch, *shared, "--latent-mode", mode, "--steps", 3, "--eval-every", 0)
+    deviations = torch.stack([a - b for a, b in zip(seen["sample"], seen["mean"], strict=True)])
+    (file,) = Path(shared[3]).glob("digits_train_16px_*/facts.json")
+    folder, facts = file.parent, json.loads(file.read_text())
+    std = np.memmap(folder / "latents.f16", np.float16, "r", shape=tuple(facts["latents"]))[:, :, 1]
+    assert deviations.std().item() == pytest.approx(
+        np.sqrt(np.square(std[:500], dtype=float).mean()), rel=0.1
+    )
+
+
+def test_the_loop_reads_the_device_only_to_log(tmp_path, monkeypatch, shared):
+    reads = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+
+        def spy(self, *args, original=original, name=name):
+            reads.append(name)
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    counts = []
+    for steps in (20, 20, 40):  # the first fills the cache
+        reads.clear()
+        train(tmp_path, monkeypatch, *shared, "--steps", steps, "--log-every", 1000, "--eval-every", 0)
+        counts.append(len(reads))
+    assert counts[1] == counts[2], reads
+
+
+def test_it_learns(tmp_path, monkeypatch, shared):
+    for method in ("rf", "ddpm"):
+        run = train(
+            tmp_path, monkeypatch, *shared, "--method", method, "--bs", 32, "--steps", 150, "--eval-every", 50
+        )
+        losses = [x["loss"] for x in lines(run, "val")]
+        assert losses == sorted(losses, reverse=True) and losses[-1] < 0.99 * losses[0], losses
+
+
+@pytest.mark.parametrize(
+    "flags, match",
+    [
+        (
+            "--vae nobody/nothing",
+            "the VAE nobody/nothing cannot be had .*give --vae a folder .* or --vae train",
+        ),
+        ("--vae {tmp}", "cannot be had"),
+        ("--vae {tmp}/unet", "it is a UNet2DModel, neither"),
+        ("--vae {tmp}/broken", "broken cannot be had"),
+        ("--image-size 18", "images of 18 pixels do not suit the VAE, which halves them 2 times; .*16 or 20"),
+        ("--channels 3", "--channels is 3, but the VAE takes 1"),
+        ("--patch 3", r"--patch 3 does not divide 4, the side of the latents; choose from \[1, 2, 4\]"),
+        ("--vae train --image-size 30", "images of 30 pixels do not suit the VAE"),
+        ("--vae train --vae-steps 0", "--vae-steps is 0; give 1 or more"),
+        ("--dim 36", "--dim 36 is no multiple of 4 x --heads, 8"),
+        ("--bs 8 --grad-accum 3", "--bs 8 is no multiple"),
+        ("--muon-lr nan", "--muon-lr is nan"),
+        ("--class-dropout 0", "--guidance needs"),
+        ("--guidance-interval 0.8 0.2", "--guidance-interval takes two times"),
+        ("--method flow", "invalid choice"),
+        ("--latent-mode median", "invalid choice"),
+        ("--dataset nowhere", "there is no dataset nowhere"),
+        ("--lataent-mode mean", "did you mean --latent-mode"),
+        ("--resume nowhere", "nowhere is no run"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, shared, capsys, flags, match):
+    shutil.copytree(shared[1], tmp_path / "broken")
+    (weights,) = (tmp_path / "broken").glob("*.safetensors")
+    os.truncate(weights, 1000)
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or it asks for 23 s
+    before = sorted(Path(shared[3]).rglob("*"))
+    with pytest.raises(SystemExit) as e:
+        train(tmp_path, monkeypatch, *shared, "--steps", 2, *flags.format(tmp=tmp_path).split())
+    text = capsys.readouterr().err
+    assert e.value.code == 2 and text.startswith("error: ") and text.count("\n") == 1 and "; " in text, text
+    assert re.search(match, text), text
+    assert not (tmp_path / "logs").exists() and sorted(Path(shared[3]).rglob("*")) == before
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs as processes
+
+
+def weights(run):
+    state = common.newest_checkpoint(run)
+    return [state["step"], *state["model"].values(), *state["ema"].values(), state["optimizer"]["state"]]
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    return True
+
+
+RUN = [*TINY, "--steps", 40, "--save-every", 5, "--eval-every", 20, "--log-every", 3]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, shared):
+    """An uninterrupted run of the real script."""
+    home = tmp_path_factory.mktemp("whole")
+    command = [sys.executable, Path(ld.__file__), *map(str, [*RUN, *shared])]
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "DIFFUSION_LOGS": str(home / "logs")}
+    p = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+    assert p.returncode == 0 and p.stderr == "", p.stderr
+    return newest_run(home)
+
+
+def kill(process, ready):
+    while process.poll() is None and not ready():
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_kill_9_then_resume_is_bit_exact(whole, shared, script, tmp_path):
+    logs = tmp_path / "logs"
+    kill(
+        script(NAME, *RUN, *shared, "--save-every", 1, wait=False),
+        lambda: any(f.read_text().count("\n") > 10 for f in logs.glob("*/*/metrics/loss.jsonl")),
+    )
+    run = newest_run(tmp_path)
+    assert len(lines(run)) < 40
+    p = script(NAME, "--resume", run)
+    assert p.returncode == 0 and same(weights(run), weights(whole)), p.err
+    assert [x["loss"] for x in lines(run)] == [x["loss"] for x in lines(whole)]
+    assert lines(run, "val") == lines(whole, "val")
+
+
+def test_kill_9_while_encoding_then_start_again(whole, shared, script, tmp_path):
+    cache = tmp_path / "cache"
+    flags = [*RUN, "--vae", shared[1], "--cache", cache]
+    kill(
+        script(NAME, *flags, wait=False),
+        lambda: any(f.read_text().count("\n") > 5 for f in cache.glob("*/sums.0.txt")),
+    )
+    assert not (tmp_path / "logs").exists()
+    (sums,) = cache.glob("digits_train*/sums.0.txt")
+    before = sums.read_text().split()[:-2]
+    p = script(NAME, *flags)
+    assert p.returncode == 0 and same(weights(newest_run(tmp_path)), weights(whole)), p.err
+    after = sums.read_text().split()
+    assert after[: len(before)] == before and len(after) // 2 <= math.ceil(20_000 / ld.CHUNK) + 1
+
+
+def test_two_processes_train_as_one(whole, shared, script, tmp_path):
+    prefix = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    flags = [*RUN, "--vae", shared[1], "--cache", tmp_path / "cache", "--num-samples", 11]
+    p = script(NAME, *flags, prefix=prefix, env={"OMP_NUM_THREADS": "1"})
+    assert p.returncode == 0, p.err
+    run = newest_run(tmp_path)
+    got, want = ([x["loss"] for x in lines(r)] for r in (run, whole))
+    assert got == pytest.approx(want, rel=2e-3) and got[:5] == pytest.approx(want[:5], rel=1e-4)
+    assert len(list((tmp_path / "logs/rf").iterdir())) == 1
+    assert len(list((tmp_path / "cache").glob("digits_train*/sums.*.txt"))) == 2
+
+
+def test_sampled_by_itself_and_by_ddim_sample(whole, script):
+    p = script(NAME, "--sample", whole, "--guidance", 3)
+    assert p.returncode == 0 and (whole / "samples" / "step_00000040_4_w3_seed0.gif").exists(), p.err
+    for flags in (["--npz"], ["--solver", "dpmpp2m"], ["--solver", "heun", "--interpolate", 5]):
+        p = script("ddim_sample.py", whole, "--steps", 4, "--num", 10, *flags)
+        assert p.returncode == 0, p.err
+    (file,) = (whole / "samples").glob("*.npz")
+    assert np.load(file)["arr_0"].shape == (10, 16, 16, 1)
+    p = script("ddim_sample.py", whole, "--invert", "--steps", 4)
+    assert p.returncode == 2 and "is on (4, 4, 4)" in p.err
+    p = script(NAME, "--resume", whole, "--latent-mode", "mean")
+    assert p.returncode == 2 and p.err.startswith("error: --latent-mode mean is not the run's (sample)")
+
+
+def test_a_run_with_a_vae_of_its_own_moves(script, tmp_path):
+    """--vae train: sampled, and even resumed, where the cache and its VAE are gone."""
+    flags = [
+        *TINY,
+        "--vae",
+        "train",
+        "--vae-steps",
+        3,
+        "--cache",
+        tmp_path / "cache",
+        "--steps",
+        4,
+        "--eval-every",
+        0,
+    ]
+    p = script(NAME, *flags)
+    assert p.returncode == 0 and "vae     trained in" in p.out, p.err
+    run = newest_run(tmp_path).rename(tmp_path / "moved")
+    shutil.rmtree(tmp_path / "cache")
+    p = script("ddim_sample.py", run, "--steps", 4, "--num", 10)
+    assert p.returncode == 0, p.err
+    p = script(NAME, "--sample", run, "--guidance", 2)
+    assert p.returncode == 0, p.err
+    p = script(NAME, "--resume", run, "--steps", 6)
+    assert p.returncode == 0 and "trained" not in p.out and len(lines(run)) == 6, p.err
+    for file in (run / "code" / "vae").glob("*.safetensors"):  # another VAE's weights in its place
+        tensors = bytearray(file.read_bytes())
+        tensors[-1] ^= 1
+        file.write_bytes(tensors)
+    p = script("ddim_sample.py", run, "--steps", 4, "--num", 10)
+    assert p.returncode == 2 and "is not the one of this run; restore that" in p.err, p.err
