@@ -337,7 +337,7 @@ def _files(root, split, size, most):
         raise UserError(
             f"there is no image ({' '.join(kinds)}) in {root}; give a folder or .zip that holds some"
         )
-    classes = sorted({Path(n).parent.name for n in names})
+    classes = {c: i for i, c in enumerate(sorted({Path(n).parent.name for n in names}))}
     tops = {Path(n).parts[0] for n in names}
     held = next((t for t in ("test", "val") if {"train", t} <= tops), None)
     if held:
@@ -353,7 +353,7 @@ def _files(root, split, size, most):
 
     found = (load(n, 0) for n in names) if size == 0 else ()
     size = size or next((len(x[0]) for x in found if isinstance(x, tuple)), 1)
-    shape, labels = (len(names), 3, size, size), [classes.index(Path(n).parent.name) for n in names]
+    shape, labels = (len(names), 3, size, size), [classes[Path(n).parent.name] for n in names]
     if math.prod(shape) > most:
         pool, black = ThreadPoolExecutor(os.cpu_count()), np.zeros((size, size, 3), np.uint8)
 
@@ -364,7 +364,7 @@ def _files(root, split, size, most):
             return torch.from_numpy(found).permute(0, 3, 1, 2)
 
         stream = Stream(shape, read_rows, repr([size, [identity(n) for n in names]]).encode())
-        return Dataset(root.stem, stream, torch.tensor(labels), classes, flip=True)
+        return Dataset(root.stem, stream, torch.tensor(labels), list(classes), flip=True)
 
     images, grays, labels, bad = np.empty((len(names), size, size, 3), np.uint8), [], [], []
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding leaves Python's lock
@@ -374,7 +374,7 @@ def _files(root, split, size, most):
             else:
                 images[len(labels)] = x[0]
                 grays.append(x[1])
-                labels.append(classes.index(Path(name).parent.name))
+                labels.append(classes[Path(name).parent.name])
     if len(bad) > 0.01 * len(names):
         raise UserError(
             f"{len(bad)} of {len(names)} images in {root} are unreadable: {bad[0]}...; remove them"
@@ -383,7 +383,7 @@ def _files(root, split, size, most):
         say(f"warning: left out {len(bad)} unreadable of {len(names)} images: {', '.join(bad[:5])}")
     images = images[: len(labels), ..., : 1 if all(grays) else 3]
     images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return Dataset(root.stem, images, torch.tensor(labels), classes, flip=True)
+    return Dataset(root.stem, images, torch.tensor(labels), list(classes), flip=True)
 
 
 def decode_image(data, size):
@@ -617,10 +617,16 @@ class Run:
                 shutil.copy2(source, self.dir / "code")
         self.bar = tqdm(total=100, bar_format="{l_bar}{bar}| {desc}", disable=not sys.stderr.isatty())
         sys.stdout, sys.stderr = Tee(sys.stdout, files[0]), Tee(sys.stderr, files[1])
+        if job := os.environ.get(
+            "DIFFUSION_JOB"
+        ):  # slurm/run.sh: so that each of run and job names the other
+            text = f"{self.dir.resolve()}\n".encode()
+            write_atomically(Path(job), lambda f: f.write(text))
+            say(f"job     {os.environ.get('DIFFUSION_JOB_LOG')}")
 
-    def _stop(self, *_):
-        if self.stopping:
-            raise KeyboardInterrupt  # asked twice
+    def _stop(self, number, _):
+        if self.stopping and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice by hand; launchers and schedulers repeat themselves
         self.stopping = True
 
     def _make(self, method, backbone):
@@ -667,7 +673,11 @@ class Run:
             **more,
             "config": {k: list(v) if isinstance(v, tuple) else v for k, v in self.config.items()},
         }
-        if not (self.dir / "run.yaml").exists():
+        if (self.dir / "run.yaml").exists():
+            was = (yaml.safe_load((self.dir / "run.yaml").read_text()) or {}).get("processes")
+            if "processes" in more and was not in (None, more["processes"]):
+                say(f"note    {was} processes before, now {more['processes']}: not bit for bit the same run")
+        else:
             text = yaml.safe_dump(facts, sort_keys=False)
             write_atomically(self.dir / "run.yaml", lambda f: f.write(text.encode()))
         say(f"model   {type(model).__name__}, {count / 1e6:.2f} M parameters")

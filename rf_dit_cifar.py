@@ -595,6 +595,8 @@ def train(cfg):
             run.pictures(f"step_{step:08d}", *sample_classes(ema.model, cfg, device, rank, world))
             clock.lap("sample")
         if stop and done() < 1:
+            if world > 1:  # a launcher ends all when one has left: not before the checkpoint is there
+                dist.barrier()
             common.say(f"stopped by a signal after step {step}; go on with --resume {run.dir}")
             sys.exit(common.PREEMPTED)
     if step > first:

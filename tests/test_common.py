@@ -158,6 +158,34 @@ def test_bad_datasets(tmp_path, make, match):
         common.load_dataset(make(tmp_path))
 
 
+def test_a_stream_reads_what_loading_holds(tmp_path):
+    """Folder, zip and a resized dataset: the same images, one by one; unreadable ones black and named."""
+    rng = np.random.default_rng(0)
+    files = {f"{'xy'[i % 2]}/{i:02}.png": png(rng.integers(0, 256, (8, 12, 3), np.uint8)) for i in range(50)}
+    root = folder(tmp_path / "s", files)
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as z:
+        for name, data in files.items():
+            z.writestr(name, data)
+    for name, more in (
+        (root, {}),
+        (tmp_path / "s.zip", {"image_size": 6, "channels": 1}),
+        ("digits", {"image_size": 20}),
+    ):
+        whole = common.load_dataset(str(name), **more)
+        parts = common.load_dataset(str(name), **more, most=1000)
+        assert isinstance(parts.images, common.Stream) and parts.images.shape == tuple(whole.images.shape)
+        assert torch.equal(parts.labels, whole.labels) and len(parts.images) == len(whole.images)
+        rows = torch.tensor([5, 0, 40])
+        assert torch.equal(parts.images[rows], whole.images[rows]) and not parts.images.bad
+        assert parts.digest() == common.load_dataset(str(name), **more, most=1000).digest() != whole.digest()
+    before = common.load_dataset(str(root), most=1000).digest()
+    folder(root, {"x/00.png": files["x/00.png"][:30]})
+    parts = common.load_dataset(str(root), most=1000)
+    assert parts.digest() != before
+    assert parts.images[[0, 1]].flatten(1).any(1).tolist() == [False, True]
+    assert list(parts.images.bad) == [0] and "x/00.png" in parts.images.bad[0]
+
+
 # ---- batches
 
 
