@@ -517,6 +517,8 @@ def write_atomically(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except RuntimeError as e:  # torch.save hides a full disk behind an error of its own
+        raise (e.__context__ if isinstance(e.__context__, OSError) else e) from None
     finally:
         temporary.unlink(missing_ok=True)
 
