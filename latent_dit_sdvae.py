@@ -183,8 +183,7 @@ def load_vae(path, device):
     beside = Path(__file__).parent / "vae"  # a run's code/ holds a VAE of its own, wherever it is moved to
     path = beside if beside.exists() else path
     try:
-        config = Path(path) / "config.json"
-        name = json.loads(config.read_text())["_class_name"] if Path(path).is_dir() else "AutoencoderKL"
+        name = diffusers.AutoencoderKL.load_config(path)["_class_name"]
         if name not in ("AutoencoderKL", "AutoencoderTiny"):
             raise ValueError(f"it is a {name}, neither AutoencoderKL nor AutoencoderTiny")
         with warnings.catch_warnings():
