@@ -165,12 +165,20 @@ def seed_of(*key):
 
 
 def pick_device(name):
-    """`auto` -> cuda, mps or cpu; under torchrun each process takes its own GPU. Raises UserError."""
+    """`auto` -> cuda, mps or cpu; under torchrun each process takes a GPU of its own, from then on the one
+    that CUDA calls without a device mean. Raises UserError."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(n for n in have if have[n]) if name == "auto" else name
     if not have[name]:
         raise UserError(f"--device {name}: PyTorch finds none on this machine; give --device cpu")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if rank >= count:
+        text = f"there are {count} GPUs here, but a process {rank + 1}"
+        raise UserError(f"{text}; give torchrun --nproc-per-node={count}, or --device cpu")
+    torch.cuda.set_device(rank)  # else nccl's barriers, and some memory of each process, go to the first
+    return torch.device(name, rank)
 
 
 def device_facts(device):
@@ -619,11 +627,8 @@ class Run:
                 shutil.copy2(source, self.dir / "code")
         self.bar = tqdm(total=100, bar_format="{l_bar}{bar}| {desc}", disable=not sys.stderr.isatty())
         sys.stdout, sys.stderr = Tee(sys.stdout, files[0]), Tee(sys.stderr, files[1])
-        if job := os.environ.get(
-            "DIFFUSION_JOB"
-        ):  # slurm/run.sh: so that each of run and job names the other
-            text = f"{self.dir.resolve()}\n".encode()
-            write_atomically(Path(job), lambda f: f.write(text))
+        if job := os.environ.get("DIFFUSION_JOB"):  # of slurm/run.sh; run and job name each other
+            write_atomically(Path(job), lambda f: f.write(f"{self.dir.resolve()}\n".encode()))
             say(f"job     {os.environ.get('DIFFUSION_JOB_LOG')}")
 
     def _stop(self, number, _):

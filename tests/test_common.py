@@ -195,6 +195,20 @@ def numbered(n, flip=False):
     return common.Dataset("numbered", images, torch.arange(n), ["a"], flip)
 
 
+def test_more_processes_than_gpus_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="2 GPUs here, but a process 3; give torchrun --nproc-per-node=2"):
+        common.pick_device("auto")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_process_takes_its_own_gpu():
+    device = common.pick_device("auto")
+    assert torch.cuda.current_device() == device.index == 0
+
+
 def test_batches_shuffle_without_replacement_and_depend_on_seed_and_step_alone():
     batches = common.Batches(numbered(10), 4, seed=1, device="cpu")
     stream = torch.cat([batches(s)[1] for s in range(5)])  # two epochs of ten; batch 2 spans them
