@@ -28,8 +28,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import yaml
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
@@ -62,6 +64,20 @@ def one_line_errors():
 def why(e):
     """The first line of an exception."""
     return (str(e).splitlines() or [type(e).__name__])[0][:120]
+
+
+def need(ok, text):
+    """Raises UserError(text) unless ok."""
+    if not ok:
+        raise UserError(text)
+
+
+def in_range(cfg, names, low, high=math.inf):
+    """Raises UserError unless these flags, separated by spaces, are numbers in [low, high]."""
+    bounds = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+    for name in names.split():
+        value = getattr(cfg, name)
+        need(low <= value <= high, f"{_flag(name)} is {value}; give {bounds}")
 
 
 def derived(default):
@@ -102,7 +118,8 @@ def parse(Config, doc, argv=None):
         elif typing.get_origin(hint) is typing.Literal:
             kind["choices"] = typing.get_args(hint)
         elif typing.get_origin(hint) is tuple:
-            kind |= {"nargs": "*", "type": typing.get_args(hint)[0], "metavar": "N"}
+            of = typing.get_args(hint)  # tuple[float, ...] takes any number of them, tuple[float, float] two
+            kind |= {"nargs": "*" if of[-1] is ... else len(of), "type": of[0], "metavar": "N"}
         else:
             kind |= {"type": hint, "metavar": hint.__name__.upper()}
         parser.add_argument(_flag(name), default=argparse.SUPPRESS, **kind)
@@ -275,7 +292,10 @@ def _torchvision(name, root, split):
         try:
             data = kind(root, train=split == "train")
         except RuntimeError:  # torchvision's way of saying "not found or corrupted"
-            data = kind(root, train=split == "train", download=True)
+            root.mkdir(parents=True, exist_ok=True)
+            with open(root / f".{name}.lock", "w") as lock:  # of several processes one downloads
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                data = kind(root, train=split == "train", download=True)
     except (OSError, RuntimeError, ValueError, EOFError) as e:
         text = f"{name} is not in {root.resolve()} and cannot be downloaded ({why(e)}); "
         raise UserError(text + "give its folder with --data-root, or train on --dataset digits") from None
@@ -459,7 +479,9 @@ class Batches:
         rows = self.order(step)[self.mine]
         x = self.images[rows].float() / 127.5 - 1
         if self.flip:
-            mirror = self.order.mirrored(step)[self.mine].to(x.device)
+            mirror = self.order.mirrored(step)[self.mine]
+            mirror = mirror.pin_memory() if x.is_cuda else mirror  # else the copy waits for the device
+            mirror = mirror.to(x.device, non_blocking=x.is_cuda)
             x = torch.where(mirror.view(-1, 1, 1, 1), x.flip(-1), x)
         return x, self.labels[rows]
 
@@ -589,6 +611,13 @@ class Clock:
         self.seconds[purpose] = self.seconds.get(purpose, 0.0) + now - self.last
         self.last = now
 
+    @contextlib.contextmanager
+    def apart(self, purpose):
+        """Books the time inside on this purpose, and what came before on training."""
+        self.lap("train")
+        yield
+        self.lap(purpose)
+
     def training(self):
         """Seconds of training so far, the time since the last lap included; does not wait for the device."""
         return self.seconds["train"] + time.perf_counter() - self.last
@@ -606,6 +635,7 @@ class Run:
         self.state = newest_checkpoint(cfg.resume) if cfg.resume else None
         old = self.state or {"step": 0, "skipped": 0, "seconds": 0.0}
         self.step, self.skipped, self.seconds = old["step"], old["skipped"], old["seconds"]
+        self.first, self.seconds_before = self.step, self.seconds
         self.streak, self.printed = 0, time.monotonic()
         # What `config` in run.yaml and checkpoints holds: everything but how this process was started.
         self.config = {k: v for k, v in asdict(cfg).items() if k not in INVOCATION}
@@ -692,6 +722,15 @@ class Run:
         say(f"device  {facts['device']}; " + ", ".join(f"{k} {v}" for k, v in more.items()))
         say(f"folder  {self.dir}" + (f", going on after step {self.step}" if self.step else ""))
 
+    def agree(self, seconds):
+        """(has a signal asked to stop?, seconds of training), the same in all processes."""
+        if not dist.is_initialized():
+            return self.stopping, seconds
+        agreed = torch.tensor([self.stopping, seconds], dtype=torch.float64)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        stop, seconds = agreed.tolist()
+        return bool(stop), seconds
+
     def record(self, step, **values):
         """Keeps a step's numbers, which may still be on their way on the device, for the next flush()."""
         self.step = step
@@ -718,7 +757,7 @@ class Run:
             if bad:  # JSON knows no NaN
                 x |= {"loss": None, "grad_norm": None, "skipped": True}
             if self.streak == 10:
-                self._append("loss.jsonl", lines)
+                self._append("loss.jsonl", lines[: lines.index(x) + 1])
                 text = f"error: loss or gradient not finite in ten steps in a row, up to step {x['step']}"
                 sys.exit(f"{text}; try a smaller --lr, or --dtype float32")  # status 1
         self._append("loss.jsonl", lines)
@@ -767,12 +806,54 @@ class Run:
             with harmless("the pictures"):
                 save_pictures(self.dir / "samples" / name, images, history)
 
-    def close(self, clock):
-        """Prints where the time went and where to look."""
-        if self.rank == 0:
-            self.bar.close()
-            say("time    " + ", ".join(f"{k} {v:.1f} s" for k, v in clock.seconds.items()))
-            say(f"look at {self.dir}/samples and {self.dir}/metrics/curves.png")
+    def close(self, clock, model, dtype, finished=True):
+        """Prints how fast it was, where the time went and where to look. Ends the processes' group.
+
+        Where a signal and not the end of the run is the reason, exits with status PREEMPTED.
+        """
+        if dist.is_initialized():  # a launcher ends all when one has left: not before the checkpoint is there
+            dist.barrier()
+            dist.destroy_process_group()
+        if not finished:
+            say(f"stopped by a signal after step {self.step}; go on with --resume {self.dir}")
+            sys.exit(PREEMPTED)
+        if self.rank:
+            return
+        self.bar.close()
+        if self.step > self.first:
+            images = (self.step - self.first) * self.cfg.bs / int(os.environ.get("WORLD_SIZE", 1))
+            rate = images / (clock.seconds["train"] - self.seconds_before)
+            per_image, peak = training_flops(model, self.cfg.shape), matmul_rate(clock.device, dtype)
+            tflops, peak = per_image * rate / 1e12, peak / 1e12
+            facts = {
+                "images_per_s": rate,
+                "tflops": tflops,
+                "tflops_of_a_product": peak,
+                "mfu": tflops / peak,
+            }
+            self._append("speed.jsonl", [{"step": self.step, **facts}])
+            text = f"speed   {rate:.1f} images/s a process, {tflops:.3g} TFLOP/s, {tflops / peak:.0%} of the "
+            say(text + f"{peak:.3g} of a large product in {str(dtype)[6:]}")
+        say("time    " + ", ".join(f"{k} {v:.1f} s" for k, v in clock.seconds.items()))
+        say(f"look at {self.dir}/samples and {self.dir}/metrics/curves.png")
+
+
+def training_flops(model, shape):
+    """FLOP of a training step of one image of this shape: three forward passes, counted on no data."""
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
+        deepcopy(model).to("meta")(torch.empty(1, *shape), torch.empty(1), torch.empty(1, dtype=torch.long))
+    return 3 * counter.get_total_flops()
+
+
+def matmul_rate(device, dtype):
+    """FLOP/s of the product of two large square matrices, the best of a few: what this device can reach."""
+    n, best = 8192 if device.type == "cuda" else 1024, math.inf
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    for _ in range(6):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
 
 
 @contextlib.contextmanager

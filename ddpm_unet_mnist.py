@@ -15,7 +15,6 @@ import contextlib
 import functools
 import math
 import os
-import sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import common
-from common import UserError, derived, seed_of
+from common import UserError, derived, need, seed_of
 
 # ------------------------------------------------------------------------------------------------
 # Flags: the only place a default lives; the comment is the help
@@ -76,7 +75,7 @@ class Config:
     config: str = ""  # a run.yaml whose flags become the defaults
     sample: str = ""  # RUN to sample, without training
     keep: int = 2  # checkpoints to keep
-    # rhythm, in steps; 0 = never
+    # rhythm, in steps; 0 = never (but not of log_every)
     log_every: int = 20  # read losses back and write them
     eval_every: int = 1000  # held-out loss
     sample_every: int = 5000  # pictures
@@ -96,35 +95,23 @@ class Config:
 
 def check(cfg):
     """Raises UserError for values and combinations that cannot work."""
-
-    def need(ok, text):
-        if not ok:
-            raise UserError(text)
-
-    for (
-        name
-    ) in "width blocks timesteps sampling_steps num_samples steps bs grad_accum keep log_every".split():
-        need(getattr(cfg, name) >= 1, f"--{name.replace('_', '-')} is {getattr(cfg, name)}; give at least 1")
-    for name in "min_snr minutes warmup weight_decay grad_clip eval_every sample_every save_every".split():
-        need(getattr(cfg, name) >= 0, f"--{name.replace('_', '-')} is {getattr(cfg, name)}; give at least 0")
-    for name in ("dropout", "ema_decay", "class_dropout"):
-        need(0 <= getattr(cfg, name) <= 1, f"--{name.replace('_', '-')} is {getattr(cfg, name)}; give 0 to 1")
-    need(0 < cfg.lr < math.inf, f"--lr is {cfg.lr}; give a positive number")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    need(
-        cfg.bs % (cfg.grad_accum * processes) == 0,
-        "--bs is no multiple of --grad-accum x processes; change it",
-    )
-    need(
-        cfg.mults and min(cfg.mults) >= 1, "--mults needs a number for each level; give such as --mults 1 2 4"
-    )
-    side, factor = cfg.shape[-1], 2 ** (len(cfg.mults) - 1)  # each level but the first halves the resolution
-    sizes = f"{side}x{side} does not fit {len(cfg.mults)} levels, multiples of {factor} do"
+    common.in_range(cfg, "width blocks timesteps sampling_steps num_samples steps bs grad_accum", 1)
+    common.in_range(cfg, "keep log_every", 1)
+    common.in_range(cfg, "min_snr minutes warmup weight_decay grad_clip", 0)
+    common.in_range(cfg, "eval_every sample_every save_every", 0)
+    common.in_range(cfg, "dropout ema_decay class_dropout", 0, 1)
+    common.in_range(cfg, "lr", 1e-9, 1e9)
+    parts = cfg.grad_accum * int(os.environ.get("WORLD_SIZE", 1))
+    need(cfg.bs % parts == 0, f"--bs {cfg.bs} is no multiple of --grad-accum x processes, {parts}; change it")
+    levels = len(cfg.mults)
+    need(levels and min(cfg.mults) >= 1, "--mults needs a number for each level; give such as --mults 1 2 4")
+    side, factor = cfg.shape[-1], 2 ** (levels - 1)  # each level but the first halves the resolution
+    sizes = f"{side}x{side} does not fit {levels} levels, multiples of {factor} do"
     need(
         side % factor == 0,
         f"{sizes}; give --image-size {max(1, round(side / factor)) * factor} or fewer --mults",
     )
-    sides = [side >> i for i in range(len(cfg.mults))]
+    sides = [side >> i for i in range(levels)]
     need(set(cfg.attention) <= set(sides), f"--attention is at none of the levels; choose from {sides}")
     need(cfg.sampling_steps <= cfg.timesteps, "--sampling-steps is more than --timesteps; give fewer")
     need(
@@ -433,95 +420,85 @@ def train(cfg):
     facts = {"dtype": str(dtype).removeprefix("torch."), "compile": use_compile, "processes": world}
     run.describe(device, data, model, **facts)
     batches = common.Batches(data, cfg.bs, cfg.seed, device, rank, world)
-    mine = slice(rank * cfg.bs // world, (rank + 1) * cfg.bs // world)
 
-    def losses(net, step):
-        """The mean loss of each micro-batch of this rank. Noise and times are drawn for the whole batch from
-        (seed, step), so that neither resuming nor the number of processes changes them."""
+    def micro_batches(step):
+        """[(x0, y, t, eps), ...] of this rank. Noise and times are drawn for the whole batch, from (seed,
+        step), so that neither resuming nor the number of processes changes them."""
         x0, y = batches(step)
-        noise = torch.Generator(device).manual_seed(seed_of(cfg.seed, "noise", step))
-        eps = torch.randn(cfg.bs, *cfg.shape, generator=noise, device=device)[mine]
-        u = torch.rand(2, cfg.bs, generator=noise, device=device)[:, mine]
+        generator = torch.Generator(device).manual_seed(seed_of(cfg.seed, "noise", step))
+        eps = torch.randn(cfg.bs, *cfg.shape, generator=generator, device=device)[batches.mine]
+        u = torch.rand(2, cfg.bs, generator=generator, device=device)[:, batches.mine]
         t = (u[0] * cfg.timesteps).floor().add(1) / cfg.timesteps
         y = torch.where(u[1] < cfg.class_dropout, cfg.num_classes, y)
         torch.manual_seed(seed_of(cfg.seed, "dropout", step, rank))
-        parts = (v.chunk(cfg.grad_accum) for v in (x0.contiguous(memory_format=layout), y, t, eps))
-        for x0, y, t, eps in zip(*parts, strict=True):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = loss_per_sample(net, x0, y, t, eps, cfg).mean()
-            yield loss
+        x0 = x0.contiguous(memory_format=layout)
+        return list(zip(*(v.chunk(cfg.grad_accum) for v in (x0, y, t, eps)), strict=True))
 
-    net, seconds, step, first = model, clock.seconds["train"], run.step, run.step
-    if use_compile:
-        net = torch.compile(model)
-        try:  # a pass whose gradients are dropped compiles, and shows whether this machine can
-            next(losses(net, step)).backward()
+    def backward(net, x0, y, t, eps):
+        """Adds the gradient of a micro-batch's part of the loss to the parameters; returns that part."""
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = loss_per_sample(net, x0, y, t, eps, cfg).mean() / cfg.grad_accum
+        loss.backward()
+        return loss.detach()
+
+    net, step, first, seconds = model, run.step, run.step, clock.seconds["train"]
+    if use_compile:  # which happens in the first pass: try one, and drop its gradients
+        try:
+            net = torch.compile(model)
+            backward(net, *micro_batches(step)[0])
         except Exception as e:
             if cfg.compile == "on":
                 raise
             common.say(f"compile not possible here ({common.why(e)}); going on without")
             net = model
-        optimizer.zero_grad(set_to_none=True)
-    net = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+        model.zero_grad()
+    if world > 1:
+        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
     clock.lap("compile")
 
     def done():  # the larger share of the two budgets, in [0, 1]
         return min(1.0, max(step / cfg.steps, seconds / (60 * cfg.minutes) if cfg.minutes else 0.0))
 
-    model.train()
-    while done() < 1:
+    def due(every):
+        return every > 0 and (step % every == 0 or done() >= 1)
+
+    stop = False
+    while done() < 1 and not stop:
         lr = cfg.lr * min(1.0, (step + 1) / (cfg.warmup + 1)) * (1 - done())
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=device)
-        for i, part in enumerate(losses(net, step)):
-            last = i == cfg.grad_accum - 1  # processes exchange gradients once a step
-            with contextlib.nullcontext() if world == 1 or last else net.no_sync():
-                (part / cfg.grad_accum).backward()
-            loss += part.detach() / cfg.grad_accum
+        for i, part in enumerate(micro_batches(step)):
+            waits = world > 1 and i < cfg.grad_accum - 1  # processes exchange gradients once, in the last
+            with net.no_sync() if waits else contextlib.nullcontext():
+                loss += backward(net, *part)
         if step == first and (dead := [n for n, p in model.named_parameters() if p.grad is None]):
             raise RuntimeError(f"no gradient reaches {', '.join(dead[:3])}; is the module used in forward()?")
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         if world > 1:
             dist.all_reduce(loss)
             loss /= world
-        # The fused optimizer leaves the weights alone where this is 1, as it does for torch.amp.GradScaler.
+        # 1 makes fused optimizers skip the step without asking the device, as torch.amp.GradScaler has it.
         optimizer.found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step, seconds = step + 1, clock.training()
+        step, (stop, seconds) = step + 1, run.agree(clock.training())
         ema.update(model, step)
         run.record(step, loss=loss, grad_norm=grad_norm, lr=lr, seconds=seconds)
-        stop = run.stopping
-        if world > 1:  # all processes stop at the same step
-            agreed = torch.tensor([stop, seconds], dtype=torch.float64)
-            dist.all_reduce(agreed, dist.ReduceOp.MAX)
-            stop, seconds = agreed.tolist()
 
-        ends = done() >= 1 or stop
-        if ends or step % cfg.log_every == 0:
+        save = stop or done() >= 1 or due(cfg.save_every)
+        if save or due(cfg.log_every):
             run.flush(done())
-        due = {e: e and step % e == 0 for e in (cfg.eval_every, cfg.save_every, cfg.sample_every)}
-        if ends or any(due.values()):
-            clock.lap("train")
-        if due[cfg.eval_every] or (cfg.eval_every and done() >= 1):
-            run.validate(step, **evaluate(ema.model, held_out, cfg, device, rank, world))
-            clock.lap("evaluate")
-        if due[cfg.save_every] or ends:
-            run.flush(done())
-            run.save(model, ema, optimizer, seconds)
-            clock.lap("save")
-        if due[cfg.sample_every] or done() >= 1:
-            run.pictures(f"step_{step:08d}", *sample_classes(ema.model, cfg, device))
-            clock.lap("sample")
-        if stop and done() < 1:
-            if world > 1:  # a launcher ends all when one has left: not before the checkpoint is there
-                dist.barrier()
-            common.say(f"stopped by a signal after step {step}; go on with --resume {run.dir}")
-            sys.exit(common.PREEMPTED)
-    run.close(clock)
-    if world > 1:
-        dist.destroy_process_group()
+        if due(cfg.eval_every):
+            with clock.apart("evaluate"):
+                run.validate(step, **evaluate(ema.model, held_out, cfg, device, rank, world))
+        if save:
+            with clock.apart("save"):
+                run.save(model, ema, optimizer, seconds)
+        if due(cfg.sample_every):
+            with clock.apart("sample"):
+                run.pictures(f"step_{step:08d}", *sample_classes(ema.model, cfg, device))
+    run.close(clock, model, dtype, finished=done() >= 1)
 
 
 def sample_run(cfg):

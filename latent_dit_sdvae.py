@@ -42,7 +42,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import common
-from common import UserError, derived, seed_of
+from common import UserError, derived, need, seed_of
 
 # ------------------------------------------------------------------------------------------------
 # Flags: the only place a default lives; the comment is the help
@@ -64,11 +64,11 @@ class Config:
     # method
     method: Literal["rf", "ddpm"] = "rf"  # rectified flow, or v-prediction on DDPM's cosine path
     t_sampling: Literal["uniform", "logit-normal"] = "uniform"  # density of the training times
-    shift: float = 1.0  # of these times towards noise; 1 = none
+    shift: float = 1.0  # above 1 moves these times towards noise, below 1 towards data
     # guidance and sampling
     class_dropout: float = 0.1  # share of labels replaced by the null class; 1 = unconditional
     guidance: float = 1.5  # w in uncond + w (cond - uncond); 1 = off
-    guidance_interval: tuple[float, ...] = (0.0, 1.0)  # times between which guidance acts, such as 0.1 0.8
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times between which guidance acts, such as 0.1 0.8
     sampling_steps: int = 50  # of DDIM, for the pictures
     num_samples: int = 100  # images in a grid, classes in turn
     # length
@@ -87,7 +87,7 @@ class Config:
     warmup: int = 100  # steps until the peak
     weight_decay: float = 0.0  # of matrices
     grad_clip: float = 1.0  # largest gradient norm; 0 = off
-    ema_decay: float = 0.9999  # of the averaged weights, after their warm-up
+    ema_decay: float = 0.9999  # of the averaged weights; a young run uses less
     # run
     logs: str = ""  # parent of run folders; default $DIFFUSION_LOGS, else logs/
     seed: int = 0  # of everything random
@@ -95,7 +95,7 @@ class Config:
     config: str = ""  # a run.yaml whose flags become the defaults
     sample: str = ""  # RUN to sample, without training
     keep: int = 2  # checkpoints to keep
-    # rhythm, in steps; 0 = never
+    # rhythm, in steps; 0 = never (but not of log_every)
     log_every: int = 20  # read losses back and write them
     eval_every: int = 1000  # held-out loss
     sample_every: int = 10_000  # pictures
@@ -114,38 +114,20 @@ class Config:
 
 def check(cfg):
     """Raises UserError for values and combinations that cannot work."""
-
-    def need(ok, text):
-        if not ok:
-            raise UserError(text)
-
-    at_least_1 = (
-        "dim depth heads patch vae_steps sampling_steps num_samples steps bs grad_accum keep log_every"
-    )
-    at_least_0 = "minutes warmup weight_decay grad_clip eval_every sample_every save_every"
-    for names, low, high in (
-        (at_least_1, 1, math.inf),
-        (at_least_0, 0, math.inf),
-        ("ema_decay class_dropout", 0, 1),
-    ):
-        for name in names.split():
-            value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
-            bounds = f"{low} or more" if high == math.inf else f"{low} to {high}"
-            need(low <= value <= high, f"{flag} is {value}; give {bounds}")
-    for name in ("lr", "muon_lr", "shift", "mlp_ratio"):
-        value = getattr(cfg, name)
-        need(0 < value < math.inf, f"--{name.replace('_', '-')} is {value}; give a positive number")
+    common.in_range(cfg, "dim depth heads patch vae_steps sampling_steps num_samples steps bs grad_accum", 1)
+    common.in_range(cfg, "keep log_every", 1)
+    common.in_range(cfg, "minutes warmup weight_decay grad_clip eval_every sample_every save_every", 0)
+    common.in_range(cfg, "ema_decay class_dropout", 0, 1)
+    common.in_range(cfg, "lr muon_lr shift mlp_ratio", 1e-9, 1e9)
     parts, side = cfg.grad_accum * int(os.environ.get("WORLD_SIZE", 1)), cfg.shape[-1]
     need(cfg.bs % parts == 0, f"--bs {cfg.bs} is no multiple of --grad-accum x processes, {parts}; change it")
     fits = [p for p in range(1, side + 1) if side % p == 0]
     text = f"--patch {cfg.patch} does not divide {side}, the side of the latents"
     need(cfg.patch in fits, f"{text}; choose from {fits}")
-    need(
-        cfg.dim % (4 * cfg.heads) == 0,
-        f"--dim {cfg.dim} is no multiple of 4 x --heads, {4 * cfg.heads}; change one of them",
-    )
+    unit = 4 * cfg.heads  # a head's channels come in pairs, half of which tell the row, half the column
+    need(cfg.dim % unit == 0, f"--dim {cfg.dim} is no multiple of 4 x --heads, {unit}; change one of them")
     need(cfg.guidance == 1 or cfg.class_dropout > 0, "--guidance needs --class-dropout; or give --guidance 1")
-    low, high = cfg.guidance_interval if len(cfg.guidance_interval) == 2 else (1.0, 0.0)
+    low, high = cfg.guidance_interval
     need(0 <= low <= high <= 1, "--guidance-interval takes two times in [0, 1]; give such as 0.1 0.8")
 
 
@@ -493,32 +475,31 @@ def unpatchify(x, p):
 
 
 def rope_table(side, dim):
-    """cos and sin, each [side * side, dim], of the angles that a head's channels turn by: half of the pairs
-    tell the row of a token, half its column (Su et al. 2021, arXiv:2104.09864, eq. 34, in two dimensions)."""
-    freqs = 100.0 ** -torch.arange(0, 1, 4 / dim)  # from a radian to a hundredth of it a token
+    """cos and signed sin [side * side, dim] of the angles by which a token's place turns a head's channels
+    (Su et al. 2021, arXiv:2104.09864, eq. 34): half of the pairs tell its row, half its column."""
+    freqs = 100.0 ** -(torch.arange(dim // 4) / (dim // 4))  # radians a token, from 1 down to about 0.01
     angles = torch.arange(side)[:, None] * freqs
     rows, columns = angles[:, None].expand(side, side, -1), angles[None].expand(side, side, -1)
-    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1).repeat(1, 2)
-    return angles.cos(), angles.sin()
+    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    return angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Turns the channel pairs (i, i + dim / 2) of x [B, heads, N, dim]."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    """Turns the channel pairs (i, i + dim / 2) of x [..., N, dim]; see rope_table."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(dim)) v; each [B, heads, N, dim]."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # The fused kernel takes 3 to 9 times as long, forward and backward (torch 2.15, 49 to 256 tokens).
+        # The fused kernel takes 3 to 9 times as long, forward and backward (AVX-512, 49 to 256 tokens).
         return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def norm(dim):
-    """Each token over its root mean square; the scale is the modulation's."""
-    return nn.RMSNorm(dim, 1e-6, elementwise_affine=False)
+    """Without weights: the modulation scales and shifts."""
+    return nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
 
 
 class Block(nn.Module):
@@ -535,16 +516,18 @@ class Block(nn.Module):
         self.bias = nn.Parameter(torch.zeros(6 * dim))
 
     def forward(self, x, c, cos, sin):
-        """x [B, N, dim], c [B, 6 dim] -> [B, N, dim]."""
+        """x [B, N, dim], c [B, 6 dim] -> [B, N, dim].
+
+        torch.addcmul(a, b, c) is a + b * c in one pass over memory, compiled or not.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = (c + self.bias)[:, None].chunk(6, dim=-1)
-        h = self.qkv(self.norm1(x) * (1 + scale1) + shift1)
-        q, k, v = h.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, N, dim / heads]
-        q, k = self.qk_norm(q), self.qk_norm(k)  # bounds the logits (Dehghani et al. 2023, arXiv:2302.05442)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        h = attention(q.to(v.dtype), k.to(v.dtype), v).transpose(1, 2).flatten(2)
-        x = x + gate1 * self.out(h)
-        h = self.mlp1(self.norm2(x) * (1 + scale2) + shift2)
-        return x + gate2 * self.mlp2(F.gelu(h, approximate="tanh"))
+        h = self.qkv(torch.addcmul(shift1, self.norm1(x), 1 + scale1))
+        h = h.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, heads, N, dim / heads]
+        qk, v = self.qk_norm(h[:2]), h[2]  # bounds the logits (Dehghani et al. 2023, arXiv:2302.05442)
+        h = attention(*rotate(qk, cos, sin).to(v.dtype), v).transpose(1, 2).flatten(2)
+        x = torch.addcmul(x, gate1, self.out(h))
+        h = self.mlp1(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
+        return torch.addcmul(x, gate2, self.mlp2(F.gelu(h, approximate="tanh")))
 
 
 class DiT(nn.Module):
@@ -576,7 +559,8 @@ class DiT(nn.Module):
 
     def forward(self, x, t, y):
         c = F.silu(self.time(common.time_embedding(t, self.time_dim)) + self.label(y))
-        h, modulation = self.embed(patchify(x, self.patch)), self.modulation(c)
+        h = self.embed(patchify(x, self.patch)).float()  # the residual stream is float32
+        modulation = self.modulation(c)
         for block in self.blocks:
             args = h, modulation, self.cos, self.sin
             recompute = self.grad_checkpoint and self.training
@@ -620,8 +604,7 @@ def draw_times(u, cfg):
     Stratified: time i of the batch lies in the i-th of B equal shares, so that a step sees all times evenly
     and its gradient varies less (Kingma et al. 2021, arXiv:2107.00630, sec. I.1).
     """
-    u = (torch.arange(len(u), device=u.device) + u) / len(u)
-    t = u.clamp(1e-5, 1 - 1e-5)
+    t = ((torch.arange(len(u), device=u.device) + u) / len(u)).clamp(1e-5, 1 - 1e-5)
     if cfg.t_sampling == "logit-normal":  # Esser et al. 2024, eq. 19, with location 0 and scale 1
         t = torch.sigmoid(torch.special.ndtri(t))
     return cfg.shift * t / (1 + (cfg.shift - 1) * t)  # ibid., eq. 23: shift > 1 towards noise
@@ -704,22 +687,23 @@ def colours(z):
 
 
 def orthogonal(g):
-    """[n, rows, columns] -> about U V^T of each matrix U S V^T, by five Newton-Schulz steps.
+    """[n, rows, columns] -> about U V^T of each matrix U S V^T, by three steps of Newton-Schulz's kind.
 
-    The coefficients, Jordan's, are fast rather than exact: singular values end between about 0.7 and 1.2.
+    Each applies a polynomial of degree 5 to the singular values, the best one for where the last has left
+    them (Amsel et al. 2025, arXiv:2505.16932): those of 0.01 to 1 end between 0.73 and 1.27.
     """
     x = g if g.shape[1] <= g.shape[2] else g.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        a = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    x = x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # below 1, after rounding too
+    for a, b, c in ((8.0934, -23.6206, 17.4463), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)):
+        xx = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
     return x if g.shape[1] <= g.shape[2] else x.mT
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but the matrices in groups with `momentum` move along their momentum made orthogonal.
+    """AdamW, but in groups with `momentum` the update of a matrix is its momentum, made orthogonal.
 
-    Matrices of one shape are handled as one tensor [n, rows, columns]; the first keeps their momentum.
+    Matrices of one shape are stacked into one tensor; the state of the first holds the momentum of all.
     A step for which `found_inf` is 1 changes nothing, as in the fused AdamW, and does not ask the device.
     """
 
@@ -732,26 +716,27 @@ class Muon(torch.optim.AdamW):
             for (rows, columns), params in shapes.items():
                 g, state = torch.stack([p.grad for p in params]), self.state[params[0]]
                 beta, skip = group["momentum"], self.found_inf > 0
-                if not state:  # AdamW looks for a step when it loads
+                if not state:  # "step" because AdamW reads it when it loads
                     state |= {"momentum": torch.zeros_like(g), "step": torch.zeros(())}
                 m = state["momentum"].lerp(g, 1 - beta)
                 update = orthogonal(g.lerp(m, beta).to(self.dtype)).to(g.dtype)  # with Nesterov's momentum
-                update *= max(1, rows / columns) ** 0.5  # Jordan's: alike for all shapes
+                update *= max(1, rows / columns) ** 0.5  # one learning rate for all shapes
                 if group["weight_decay"]:
                     update += group["weight_decay"] * torch.stack(params)
                 state["momentum"] = torch.where(skip, state["momentum"], m)
                 torch._foreach_add_(params, list(torch.where(skip, 0.0, update)), alpha=-group["lr"])
             for p in group["params"]:
-                p.grad = None  # AdamW leaves alone what has none
+                p.grad = None  # done: AdamW leaves alone what has no gradient
         super().step()
 
 
 def make_optimizer(model, cfg, dtype):
-    """`peak` is the highest learning rate of a group; dtype that of orthogonal(), which need not be exact."""
-    hidden = {id(p): p for p in model.blocks.parameters() if p.ndim == 2}
-    rest = [p for p in model.parameters() if id(p) not in hidden]
+    """Groups for Muon and for AdamW with and without decay; `peak` is a group's learning rate after the
+    warm-up. dtype is that of orthogonal(), which need not be exact."""
+    hidden = [p for p in model.blocks.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if all(p is not q for q in hidden)]
     groups = [
-        {"params": list(hidden.values()), "peak": cfg.muon_lr, "momentum": 0.95},
+        {"params": hidden, "peak": cfg.muon_lr, "momentum": 0.95},
         {"params": [p for p in rest if p.ndim > 1], "peak": cfg.lr},
         {"params": [p for p in rest if p.ndim < 2], "peak": cfg.lr, "weight_decay": 0.0},
     ]
@@ -830,92 +815,80 @@ def train(cfg):
             shutil.copytree(cfg.vae_path, run.dir / "code" / "vae", dirs_exist_ok=True)
         reconstruct(run, data, vae, cfg, device)
     clock.lap("prepare")
-    mine = slice(rank * cfg.bs // world, (rank + 1) * cfg.bs // world)
 
-    def losses(net, step):
-        """The mean loss of each micro-batch of this rank. Noise and times are drawn for the whole batch from
-        (seed, step), so that neither resuming nor the number of processes changes them."""
+    def micro_batches(step):
+        """[(x0, y, t, eps), ...] of this rank. Noise and times are drawn for the whole batch, from (seed,
+        step), so that neither resuming nor the number of processes changes them."""
         mean, std, y = latents(step)
-        noise = torch.Generator(device).manual_seed(seed_of(cfg.seed, "noise", step))
-        eps, fresh = torch.randn(2, cfg.bs, *cfg.shape, generator=noise, device=device)[:, mine]
+        generator = torch.Generator(device).manual_seed(seed_of(cfg.seed, "noise", step))
+        eps, fresh = torch.randn(2, cfg.bs, *cfg.shape, generator=generator, device=device)[:, latents.mine]
         x0 = mean + std * fresh if cfg.latent_mode == "sample" else mean
-        u = torch.rand(2, cfg.bs, generator=noise, device=device)
-        t = draw_times(u[0], cfg)[mine]
-        y = torch.where(u[1, mine] < cfg.class_dropout, cfg.num_classes, y)
-        parts = (v.chunk(cfg.grad_accum) for v in (x0, y, t, eps))
-        for x0, y, t, eps in zip(*parts, strict=True):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = loss_per_sample(net, x0, y, t, eps, cfg).mean()
-            yield loss
+        u = torch.rand(2, cfg.bs, generator=generator, device=device)
+        t = draw_times(u[0], cfg)[latents.mine]
+        y = torch.where(u[1, latents.mine] < cfg.class_dropout, cfg.num_classes, y)
+        return list(zip(*(v.chunk(cfg.grad_accum) for v in (x0, y, t, eps)), strict=True))
+
+    def backward(net, x0, y, t, eps):
+        """Adds the gradient of a micro-batch's part of the loss to the parameters; returns that part."""
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = loss_per_sample(net, x0, y, t, eps, cfg).mean() / cfg.grad_accum
+        loss.backward()
+        return loss.detach()
 
     place = cfg, device, rank, world
-    seconds, step = clock.seconds["train"], run.step
-    first = step
-    net = compiled(model, lambda net: next(losses(net, step)).backward(), cfg, device)
-    optimizer.zero_grad(set_to_none=True)
-    net = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    step, first, seconds = run.step, run.step, clock.seconds["train"]
+    net = compiled(model, lambda net: backward(net, *micro_batches(step)[0]), cfg, device)
+    model.zero_grad()
+    if world > 1:
+        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
     clock.lap("compile")
 
     def done():  # the larger share of the two budgets, in [0, 1]
         return min(1.0, max(step / cfg.steps, seconds / (60 * cfg.minutes) if cfg.minutes else 0.0))
 
-    model.train()
-    while done() < 1:
+    def due(every):
+        return every > 0 and (step % every == 0 or done() >= 1)
+
+    stop = False
+    while done() < 1 and not stop:
         pace = min(1.0, (step + 1) / (cfg.warmup + 1)) * (1 - done())
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * pace
         loss = torch.zeros((), device=device)
-        for i, part in enumerate(losses(net, step)):
-            last = i == cfg.grad_accum - 1  # processes exchange gradients once a step
-            with contextlib.nullcontext() if world == 1 or last else net.no_sync():
-                (part / cfg.grad_accum).backward()
-            loss += part.detach() / cfg.grad_accum
+        for i, part in enumerate(micro_batches(step)):
+            waits = world > 1 and i < cfg.grad_accum - 1  # processes exchange gradients once, in the last
+            with net.no_sync() if waits else contextlib.nullcontext():
+                loss += backward(net, *part)
         if step == first and (dead := [n for n, p in model.named_parameters() if p.grad is None]):
             raise RuntimeError(f"no gradient reaches {', '.join(dead[:3])}; is the module used in forward()?")
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         if world > 1:
             dist.all_reduce(loss)
             loss /= world
-        # The optimizer leaves the weights alone where this is 1, as fused ones do for torch.amp.GradScaler.
+        # 1 makes fused optimizers skip the step without asking the device, as torch.amp.GradScaler has it.
         optimizer.found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step, seconds = step + 1, clock.training()
+        step, (stop, seconds) = step + 1, run.agree(clock.training())
         ema.update(model, step)
         run.record(step, loss=loss, grad_norm=grad_norm, lr=cfg.lr * pace, seconds=seconds)
-        stop = run.stopping
-        if world > 1:  # all processes stop at the same step
-            agreed = torch.tensor([stop, seconds], dtype=torch.float64)
-            dist.all_reduce(agreed, dist.ReduceOp.MAX)
-            stop, seconds = agreed.tolist()
 
-        ends = done() >= 1 or stop
-        if ends or step % cfg.log_every == 0:
+        save = stop or done() >= 1 or due(cfg.save_every)
+        if save or due(cfg.log_every):
             run.flush(done())
-        due = {e: e and step % e == 0 for e in (cfg.eval_every, cfg.save_every, cfg.sample_every)}
-        if ends or any(due.values()):
-            clock.lap("train")
-        if due[cfg.eval_every] or (cfg.eval_every and done() >= 1):
-            run.validate(step, **evaluate(ema.model, stored_held_out, held_out.labels, *place))
-            clock.lap("evaluate")
-        if due[cfg.save_every] or ends:
-            run.flush(done())
-            run.save(model, ema, optimizer, seconds)
-            clock.lap("save")
-        if due[cfg.sample_every] or done() >= 1:
-            z, history = sample_classes(ema.model, *place)
-            if rank == 0:
-                run.pictures(f"step_{step:08d}", decode(z, cfg), [decode(h[:50], cfg) for h in history])
-                run.pictures(f"step_{step:08d}_latents", colours(z))
-            clock.lap("sample")
-        if stop and done() < 1:
-            if world > 1:  # a launcher ends all when one has left: not before the checkpoint is there
-                dist.barrier()
-            common.say(f"stopped by a signal after step {step}; go on with --resume {run.dir}")
-            sys.exit(common.PREEMPTED)
-    run.close(clock)
-    if world > 1:
-        dist.destroy_process_group()
+        if due(cfg.eval_every):
+            with clock.apart("evaluate"):
+                run.validate(step, **evaluate(ema.model, stored_held_out, held_out.labels, *place))
+        if save:
+            with clock.apart("save"):
+                run.save(model, ema, optimizer, seconds)
+        if due(cfg.sample_every):
+            with clock.apart("sample"):
+                z, history = sample_classes(ema.model, *place)
+                if rank == 0:
+                    run.pictures(f"step_{step:08d}", decode(z, cfg), [decode(h[:50], cfg) for h in history])
+                    run.pictures(f"step_{step:08d}_latents", colours(z))
+    run.close(clock, model, dtype, finished=done() >= 1)
 
 
 def sample_run(cfg):

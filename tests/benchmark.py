@@ -59,7 +59,11 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = the fastest there is
 
 
-FP32, BF16 = (torch.float32, False), (torch.bfloat16, True)  # (precision, compiled)
+def settings(device):
+    """{name: (precision, compiled)}: as public scripts are run, and the best that this device can do."""
+    fast = "bfloat16" if common.device_facts(device)[1] else "float32"
+    return {"float32, eager": (torch.float32, False), f"{fast}, compiled": (getattr(torch, fast), True)}
+
 
 # ------------------------------------------------------------------------------------------------
 # Contenders: generators that take one training step at each next() and yield its loss, a tensor or a number
@@ -241,14 +245,14 @@ def dit_contenders(flags, device):
         return net(x, t, y)
 
     found = {}
-    for name, settings in (("float32, eager", FP32), ("bfloat16, compiled", BF16)):
-        end = (cfg, device, *settings, ema_in_python)
+    for name, how in settings(device).items():
+        end = (cfg, device, *how, ema_in_python)
         found |= {
-            f"ours, {name}": (settings[0], lambda s=settings: ours(rf, cfg, device, *s)),
-            f"ours plain, {name}": (settings[0], lambda s=settings: ours(rf, plain, device, *s)),
-            f"public, {name}": (settings[0], lambda e=end: theirs(PublicDiT(cfg), call, *e)),
+            f"ours, {name}": (how[0], lambda s=how: ours(rf, cfg, device, *s)),
+            f"ours plain, {name}": (how[0], lambda s=how: ours(rf, plain, device, *s)),
+            f"public, {name}": (how[0], lambda e=end: theirs(PublicDiT(cfg), call, *e)),
             f"diffusers, {name}": (
-                settings[0],
+                how[0],
                 lambda e=end: theirs(diffusers_dit(), call_diffusers, *e[:-1], ema_of_diffusers),
             ),
         }
@@ -272,14 +276,12 @@ def unet_contenders(flags, device):
         return net(x, timestep=1000 * t, class_labels=y).sample
 
     found = {}
-    for name, settings in (("float32, eager", FP32), ("bfloat16, compiled", BF16)):
+    for name, how in settings(device).items():
         found |= {
-            f"ours, {name}": (settings[0], lambda s=settings: ours(ddpm, cfg, device, *s)),
+            f"ours, {name}": (how[0], lambda s=how: ours(ddpm, cfg, device, *s)),
             f"diffusers, {name}": (
-                settings[0],
-                lambda s=settings: theirs(
-                    diffusers_unet(), call_diffusers, cfg, device, *s, ema_of_diffusers
-                ),
+                how[0],
+                lambda s=how: theirs(diffusers_unet(), call_diffusers, cfg, device, *s, ema_of_diffusers),
             ),
         }
     return found, cfg, {"call": lambda net, x, t, y: net(x, t, y), "call_diffusers": call_diffusers}
@@ -290,9 +292,10 @@ def latent_contenders(flags, device):
     common_flags = {"dim": 128, "depth": 6, "heads": 4, "bs": flags.bs}
     latent = ld.Config(**common_flags, patch=1, shape=(4, 7, 7))
     pixels = rf.Config(**common_flags, patch=2, shape=(1, 28, 28))
+    name, how = list(settings(device).items())[1]
     found = {
-        "latents, bfloat16, compiled": (BF16[0], lambda: ours(ld, latent, device, *BF16)),
-        "pixels, bfloat16, compiled": (BF16[0], lambda: ours(rf, pixels, device, *BF16)),
+        f"latents, {name}": (how[0], lambda: ours(ld, latent, device, *how)),
+        f"pixels, {name}": (how[0], lambda: ours(rf, pixels, device, *how)),
     }
     return found, {"latents": latent, "pixels": pixels}, {"call": lambda net, x, t, y: net(x, t, y)}
 
@@ -342,7 +345,7 @@ class Memory:
 
 def measure(contenders, cfg, calls, flags, device):
     """-> [a dict of numbers for each contender], after `rounds` rounds in which each has a turn."""
-    running, rows, peaks = {}, [], {torch.float32: [], torch.bfloat16: []}
+    running, rows, peaks = {}, [], {dtype: [] for dtype, _ in settings(device).values()}
     for name, (dtype, make) in contenders.items():
         try:
             torch.manual_seed(0)
@@ -369,7 +372,7 @@ def measure(contenders, cfg, calls, flags, device):
         give_back()
     for turn in range(1 + flags.rounds):
         for kind, rates in peaks.items():
-            rates.append(rf.matmul_rate(device, kind))
+            rates.append(common.matmul_rate(device, kind))
         for row in running.values():
             start = time.perf_counter()
             for _ in range(row["count"]):
@@ -428,7 +431,7 @@ def main():
     torch.set_float32_matmul_precision("high")
     machine = f"{common.device_facts(device)[0]}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}"
     say(machine)
-    eager, fast = "float32, eager", "bfloat16, compiled"
+    eager, fast = settings(device)
     if flags.only in ("all", "dit"):
         rows = measure(*dit_contenders(flags, device), flags, device)
         pairs = [(f"ours, {fast}", f"{p}, {eager}") for p in ("public", "diffusers")]

@@ -383,7 +383,7 @@ def test_grad_accum_is_the_same_step(tmp_path, monkeypatch):
         ("--image-size 30 --mults 1 2 4", "multiples of 4 do; give --image-size 32 or"),
         ("--attention 7", r"choose from \[16, 8\]"),
         ("--bs 0", "--bs is 0"),
-        ("--bs 8 --grad-accum 3", "--bs is no multiple"),
+        ("--bs 8 --grad-accum 3", "--bs 8 is no multiple"),
         ("--lr 0", "--lr is 0"),
         ("--lr nan", "--lr is nan"),
         ("--sampling-steps 50 --timesteps 20", "--sampling-steps is more than"),
