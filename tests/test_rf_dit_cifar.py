@@ -445,6 +445,21 @@ def test_flops_are_counted_by_hand():
     assert common.training_flops(rf.build_model(cfg), cfg.shape) == pytest.approx(want, rel=0.01)
 
 
+def test_where_nothing_compiles_training_goes_on_uncompiled(tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("no compiler here")
+
+    flags = ["--steps", 500, "--bs", 2, "--log-every", 100, "--eval-every", 0]
+    plain = train(tmp_path, monkeypatch, *flags)
+    for compiled in (fails, lambda model: fails):  # torch.compile itself fails, or the first pass does
+        monkeypatch.setattr(torch, "compile", compiled)
+        run = train(tmp_path, monkeypatch, *flags, "--compile", "auto")
+        assert "compile not possible here (no compiler here); going on without" in capsys.readouterr().out
+        assert same(weights(run), weights(plain))
+        with pytest.raises(RuntimeError, match="no compiler here"):
+            train(tmp_path, monkeypatch, *flags, "--compile", "on")
+
+
 def test_grad_accum_is_the_same_step(tmp_path, monkeypatch):
     losses = []
     for parts in (1, 4):
@@ -498,14 +513,23 @@ def same(a, b):
     return True
 
 
-RUN = [*TINY, "--dataset", "digits", "--steps", 60, "--save-every", 5, "--eval-every", 30, "--log-every", 3]
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """Of a run on 190 images that are mirrored at times: its 60 steps of 8 span three epochs."""
+    home, data = tmp_path_factory.mktemp("images"), common.load_dataset("digits", image_size=16)
+    for i in range(200):
+        file = home / str(i % 10) / f"{i}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(data.images[i, 0].numpy()).save(file)
+    rhythm = ["--steps", 60, "--save-every", 5, "--eval-every", 30, "--log-every", 3]
+    return [*TINY, "--dataset", home, *rhythm]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(flags, tmp_path_factory):
     """An uninterrupted run of the real script."""
     home = tmp_path_factory.mktemp("whole")
-    command = [sys.executable, Path(rf.__file__), *map(str, RUN)]
+    command = [sys.executable, Path(rf.__file__), *map(str, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "2", "DIFFUSION_LOGS": str(home / "logs")}
     p = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
     assert p.returncode == 0 and p.stderr == "", p.stderr
@@ -513,8 +537,8 @@ def whole(tmp_path_factory):
     return newest_run(home)
 
 
-def test_kill_9_then_resume_is_bit_exact(whole, script, tmp_path):
-    process = script(NAME, *RUN, "--save-every", 1, wait=False)
+def test_kill_9_then_resume_is_bit_exact(flags, whole, script, tmp_path):
+    process = script(NAME, *flags, "--save-every", 1, wait=False)
     while process.poll() is None and not any(
         f.read_text().count("\n") > 10 for f in (tmp_path / "logs").glob("rf/*/metrics/loss.jsonl")
     ):
@@ -529,9 +553,9 @@ def test_kill_9_then_resume_is_bit_exact(whole, script, tmp_path):
     assert lines(run, "val") == lines(whole, "val")
 
 
-def test_two_processes_train_as_one(whole, script, tmp_path):
+def test_two_processes_train_as_one(flags, whole, script, tmp_path):
     prefix = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    p = script(NAME, *RUN, "--num-samples", 11, prefix=prefix, env={"OMP_NUM_THREADS": "1"})
+    p = script(NAME, *flags, "--num-samples", 11, prefix=prefix, env={"OMP_NUM_THREADS": "1"})
     assert p.returncode == 0, p.err
     run = newest_run(tmp_path)
     got, want = ([x["loss"] for x in lines(r)] for r in (run, whole))
@@ -543,6 +567,46 @@ def test_two_processes_train_as_one(whole, script, tmp_path):
     both, alone = (np.asarray(Image.open(r / "samples/step_00000060.png"), int) for r in (run, whole))
     top = slice(0, alone.shape[0] - 2)  # the first ten samples, drawn by two processes and by one
     assert np.abs(both[top] - alone[top]).mean() < 1
+
+
+COUNTING = """
+import rf_dit_cifar as rf, common
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+exchanges = []
+
+class Counted(rf.nn.parallel.DistributedDataParallel):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_comm_hook(None, self.counted)
+
+    def counted(self, state, bucket):
+        exchanges.append(1)
+        return allreduce_hook(state, bucket)
+
+rf.nn.parallel.DistributedDataParallel = Counted
+rf.train(common.parse(rf.Config, ""))
+print(f"{len(exchanges)} exchanges")
+"""
+
+
+def test_processes_exchange_gradients_once_a_step(tmp_path):
+    (tmp_path / "counting.py").write_text(COUNTING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    more = [*TINY, "--dataset", "digits", "--steps", 3, "--grad-accum", 4, "--eval-every", 0]
+    here = {
+        "OMP_NUM_THREADS": "1",
+        "DIFFUSION_LOGS": str(tmp_path),
+        "PYTHONPATH": str(Path(rf.__file__).parent),
+    }
+    p = subprocess.run(
+        [*command, tmp_path / "counting.py", *map(str, more)],
+        env=os.environ | here,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert p.returncode == 0 and p.stdout.count("3 exchanges") == 2, p.stdout + p.stderr
 
 
 def test_sampled_by_itself_and_by_ddim_sample(whole, script):
