@@ -452,8 +452,7 @@ def train(cfg):
             common.say(f"compile not possible here ({common.why(e)}); going on without")
             net = model
         model.zero_grad()
-    if world > 1:
-        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    net = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     clock.lap("compile")
 
     def done():  # the larger share of the two budgets, in [0, 1]

@@ -839,8 +839,7 @@ def train(cfg):
     step, first, seconds = run.step, run.step, clock.seconds["train"]
     net = compiled(model, lambda net: backward(net, *micro_batches(step)[0]), cfg, device)
     model.zero_grad()
-    if world > 1:
-        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    net = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     clock.lap("compile")
 
     def done():  # the larger share of the two budgets, in [0, 1]
