@@ -100,7 +100,7 @@ def check(cfg):
     common.in_range(cfg, "min_snr minutes warmup weight_decay grad_clip", 0)
     common.in_range(cfg, "eval_every sample_every save_every", 0)
     common.in_range(cfg, "dropout ema_decay class_dropout", 0, 1)
-    common.in_range(cfg, "lr", 1e-9, 1e9)
+    common.positive(cfg, "lr")
     parts = cfg.grad_accum * int(os.environ.get("WORLD_SIZE", 1))
     need(cfg.bs % parts == 0, f"--bs {cfg.bs} is no multiple of --grad-accum x processes, {parts}; change it")
     levels = len(cfg.mults)
@@ -352,7 +352,7 @@ def sample(model, y, cfg, generator, steps, frames=24):
 
 
 def sample_classes(model, cfg, device):
-    """cfg.num_samples images, classes in turn."""
+    """cfg.num_samples images, classes in turn; every process draws them all, the first writes them."""
     y = torch.arange(cfg.num_samples, device=device) % cfg.num_classes
     generator = torch.Generator(device).manual_seed(seed_of(cfg.seed, "sample"))
     return sample(model, y, cfg, generator, cfg.sampling_steps)
@@ -371,7 +371,9 @@ def evaluate(model, data, cfg, device, rank, world, n=2048):
     t = (torch.arange(1, n + 1) * cfg.timesteps / n).ceil() / cfg.timesteps
     eps = torch.randn(n, *cfg.shape, generator=generator)
     sums = torch.zeros(2, 10, device=device)  # of losses, and their number, by time
-    for rows in torch.arange(rank, n, world).split(256):
+    for rows in torch.arange(n)[rank::world].split(256):
+        if not len(rows):  # more processes than images
+            continue
         x0, y = data.images[pick[rows]].to(device).float() / 127.5 - 1, data.labels[pick[rows]].to(device)
         y = torch.full_like(y, cfg.num_classes) if cfg.class_dropout == 1 else y
         loss = loss_per_sample(model, x0, y, t[rows].to(device), eps[rows].to(device), cfg)

@@ -118,7 +118,7 @@ def check(cfg):
     common.in_range(cfg, "keep log_every", 1)
     common.in_range(cfg, "minutes warmup weight_decay grad_clip eval_every sample_every save_every", 0)
     common.in_range(cfg, "ema_decay class_dropout", 0, 1)
-    common.in_range(cfg, "lr muon_lr shift mlp_ratio", 1e-9, 1e9)
+    common.positive(cfg, "lr muon_lr shift mlp_ratio")
     parts, side = cfg.grad_accum * int(os.environ.get("WORLD_SIZE", 1)), cfg.shape[-1]
     need(cfg.bs % parts == 0, f"--bs {cfg.bs} is no multiple of --grad-accum x processes, {parts}; change it")
     fits = [p for p in range(1, side + 1) if side % p == 0]
@@ -663,18 +663,12 @@ def sample(model, x, y, cfg, frames=12):
     return x, history
 
 
-def sample_classes(model, cfg, device, rank=0, world=1):
-    """cfg.num_samples latents, classes in turn, of which each process draws its share; all get the whole."""
+def sample_classes(model, cfg, device):
+    """cfg.num_samples latents, classes in turn; every process draws them all, the first writes them."""
     y = torch.arange(cfg.num_samples, device=device) % cfg.num_classes
     generator = torch.Generator(device).manual_seed(seed_of(cfg.seed, "sample"))
     x = torch.randn(len(y), *sample_shape(cfg), generator=generator, device=device)
-    if world == 1:
-        return sample(model, x, y, cfg)
-    latents, history = sample(model, x[rank::world], y[rank::world], cfg)
-    whole = torch.zeros(1 + len(history), *x.shape, device=device)
-    whole[:, rank::world] = torch.stack([latents, *history])
-    dist.all_reduce(whole)
-    return whole[0], list(whole[1:])
+    return sample(model, x, y, cfg)
 
 
 def colours(z):
@@ -734,7 +728,7 @@ def make_optimizer(model, cfg, dtype):
     """Groups for Muon and for AdamW with and without decay; `peak` is a group's learning rate after the
     warm-up. dtype is that of orthogonal(), which need not be exact."""
     hidden = [p for p in model.blocks.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if all(p is not q for q in hidden)]
+    rest = [p for p in model.parameters() if all(p is not q for q in hidden)]  # == would compare numbers
     groups = [
         {"params": hidden, "peak": cfg.muon_lr, "momentum": 0.95},
         {"params": [p for p in rest if p.ndim > 1], "peak": cfg.lr},
@@ -756,7 +750,9 @@ def evaluate(model, stored, labels, cfg, device, rank, world):
     t = (torch.randperm(n, generator=generator) + 0.5) / n
     eps, fresh = torch.randn(2, n, *cfg.shape, generator=generator)
     sums = torch.zeros(2, 10, device=device)  # of losses, and their number, by time
-    for rows in torch.arange(rank, n, world).split(256):
+    for rows in torch.arange(n)[rank::world].split(256):
+        if not len(rows):  # more processes than images
+            continue
         mean, std = torch.from_numpy(stored[rows, 0]).float().unbind(1)
         x0 = (mean + std * fresh[rows] * (cfg.latent_mode == "sample")).to(device)
         y = torch.full_like(labels[rows], cfg.num_classes) if cfg.class_dropout == 1 else labels[rows]
@@ -835,7 +831,6 @@ def train(cfg):
         loss.backward()
         return loss.detach()
 
-    place = cfg, device, rank, world
     step, first, seconds = run.step, run.step, clock.seconds["train"]
     net = compiled(model, lambda net: backward(net, *micro_batches(step)[0]), cfg, device)
     model.zero_grad()
@@ -877,13 +872,14 @@ def train(cfg):
             run.flush(done())
         if due(cfg.eval_every):
             with clock.apart("evaluate"):
-                run.validate(step, **evaluate(ema.model, stored_held_out, held_out.labels, *place))
+                numbers = evaluate(ema.model, stored_held_out, held_out.labels, cfg, device, rank, world)
+                run.validate(step, **numbers)
         if save:
             with clock.apart("save"):
                 run.save(model, ema, optimizer, seconds)
         if due(cfg.sample_every):
             with clock.apart("sample"):
-                z, history = sample_classes(ema.model, *place)
+                z, history = sample_classes(ema.model, cfg, device)
                 if rank == 0:
                     run.pictures(f"step_{step:08d}", decode(z, cfg), [decode(h[:50], cfg) for h in history])
                     run.pictures(f"step_{step:08d}_latents", colours(z))

@@ -100,7 +100,7 @@ def check(cfg):
     common.in_range(cfg, "keep log_every", 1)
     common.in_range(cfg, "minutes warmup weight_decay grad_clip eval_every sample_every save_every", 0)
     common.in_range(cfg, "dropout ema_decay class_dropout", 0, 1)
-    common.in_range(cfg, "lr muon_lr shift mlp_ratio", 1e-9, 1e9)
+    common.positive(cfg, "lr muon_lr shift mlp_ratio")
     parts = cfg.grad_accum * int(os.environ.get("WORLD_SIZE", 1))
     need(cfg.bs % parts == 0, f"--bs {cfg.bs} is no multiple of --grad-accum x processes, {parts}; change it")
     side = cfg.shape[-1]
@@ -387,12 +387,13 @@ def make_optimizer(model, cfg, dtype):
     """Groups for Muon and for AdamW with and without decay; `peak` is a group's learning rate after the
     warm-up. dtype is that of orthogonal(), which need not be exact."""
     hidden = [p for p in model.blocks.parameters() if p.ndim == 2 and cfg.optimizer == "muon"]
-    rest = [p for p in model.parameters() if all(p is not q for q in hidden)]
+    rest = [p for p in model.parameters() if all(p is not q for q in hidden)]  # == would compare numbers
     groups = [
         {"params": hidden, "peak": cfg.muon_lr, "momentum": 0.95},
         {"params": [p for p in rest if p.ndim > 1], "peak": cfg.lr},
         {"params": [p for p in rest if p.ndim < 2], "peak": cfg.lr, "weight_decay": 0.0},
     ]
+    groups = [g for g in groups if g["params"]]
     optimizer = Muon(groups, cfg.lr, (0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
     optimizer.dtype = dtype
     return optimizer
@@ -405,20 +406,25 @@ def make_optimizer(model, cfg, dtype):
 @torch.no_grad()
 def evaluate(model, data, cfg, device, rank, world, n=2048):
     """Loss on n held-out images with noise and evenly spread times that are the same at every call."""
+    n = min(n, len(data.labels))
     generator = torch.Generator().manual_seed(seed_of("evaluate"))
-    pick = torch.randperm(len(data.labels), generator=generator)
-    pick = pick[torch.arange(n) % len(pick)]  # where there are fewer, some serve more than once
-    t, eps = (torch.arange(n) + 0.5) / n, torch.randn(n, *cfg.shape, generator=generator)
-    losses = torch.zeros(n, device=device)
-    for rows in torch.arange(rank, n, world).split(256):
-        x0, y = data.images[pick[rows]].float() / 127.5 - 1, data.labels[pick[rows]]
+    pick = torch.randperm(len(data.labels), generator=generator)[:n]
+    t = (torch.arange(n) + 0.5) / n
+    eps = torch.randn(n, *cfg.shape, generator=generator)
+    sums = torch.zeros(2, 10, device=device)  # of losses, and their number, by time
+    for rows in torch.arange(n)[rank::world].split(256):
+        if not len(rows):  # more processes than images
+            continue
+        x0, y = data.images[pick[rows]].to(device).float() / 127.5 - 1, data.labels[pick[rows]].to(device)
         y = torch.full_like(y, cfg.num_classes) if cfg.class_dropout == 1 else y
-        batch = (v.to(device) for v in (x0, y, t[rows], eps[rows]))
-        losses[rows.to(device)] = loss_per_sample(model, *batch, cfg)
+        loss = loss_per_sample(model, x0, y, t[rows].to(device), eps[rows].to(device), cfg)
+        k = (t[rows] * 10).long().to(device)
+        sums.index_add_(1, k, torch.stack([loss, torch.ones_like(loss)]))
     if world > 1:
-        dist.all_reduce(losses)
-    by_time = [v.mean().item() for v in losses.tensor_split(10)]  # as the times rise
-    return {"loss": losses.mean().item(), "loss_t": by_time}
+        dist.all_reduce(sums)
+    total, count = sums.tolist()
+    by_time = [a / b if b else None for a, b in zip(total, count, strict=True)]
+    return {"loss": sum(total) / sum(count), "loss_t": by_time}
 
 
 def train(cfg):

@@ -325,7 +325,7 @@ def test_a_bad_step_changes_nothing():
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     assert {p.ndim for p in groups[0]["params"]} == {2} and groups[0]["peak"] == SMALL.muon_lr
     plain = rf.make_optimizer(model, replace(SMALL, optimizer="adamw"), torch.float32)
-    assert not any(g["params"] for g in plain.param_groups if "momentum" in g)
+    assert not any("momentum" in g for g in plain.param_groups)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -443,6 +443,15 @@ def test_flops_are_counted_by_hand():
     outside = tokens * 2 * 2 * 12 * 64 + 2 * (256 * 64 + 64 * 64 + (6 + 2) * 64 * 64)
     want = 3 * (3 * tokens * per_block + outside)
     assert common.training_flops(rf.build_model(cfg), cfg.shape) == pytest.approx(want, rel=0.01)
+
+
+def test_rhythm_of_zero_is_never(tmp_path, monkeypatch):
+    never = ["--eval-every", 0, "--sample-every", 0, "--save-every", 0]
+    run = train(tmp_path, monkeypatch, "--steps", 3, *never)
+    assert not list((run / "samples").iterdir()) and not (run / "metrics" / "val.jsonl").exists()
+    assert [f.name for f in (run / "checkpoints").iterdir()] == [
+        "step_00000003.pt"
+    ]  # the last is always kept
 
 
 def test_where_nothing_compiles_training_goes_on_uncompiled(tmp_path, monkeypatch, capsys):
@@ -607,6 +616,17 @@ def test_processes_exchange_gradients_once_a_step(tmp_path):
         text=True,
     )
     assert p.returncode == 0 and p.stdout.count("3 exchanges") == 2, p.stdout + p.stderr
+
+
+def test_more_processes_than_images(script, tmp_path):
+    """One image, of which one sample is drawn: the second process has none to evaluate."""
+    (tmp_path / "one").mkdir()
+    Image.fromarray(np.full((16, 16), 200, np.uint8)).save(tmp_path / "one" / "image.png")
+    prefix = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    more = ["--dataset", tmp_path / "one", "--num-samples", 1, "--steps", 2, "--sample-every", 1]
+    p = script(NAME, *TINY, *more, prefix=prefix, env={"OMP_NUM_THREADS": "1"})
+    assert p.returncode == 0, p.err
+    assert lines(newest_run(tmp_path), "val")[-1]["loss"] > 0
 
 
 def test_sampled_by_itself_and_by_ddim_sample(whole, script):
