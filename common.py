@@ -115,9 +115,8 @@ def parse(Config, doc, argv=None):
     hints = typing.get_type_hints(Config)
     helps = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(Config), re.M))
     flags = {f.name: f.default for f in fields(Config) if not f.metadata}
-    parser = _Parser(
-        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(description=doc, allow_abbrev=False, formatter_class=layout)
     for name, default in flags.items():
         hint, kind = hints[name], {"help": f"{helps.get(name, '')} [{default}]".replace("%", "%%")}
         if hint is bool:
@@ -150,14 +149,10 @@ def parse(Config, doc, argv=None):
     try:
         stored = dict(yaml.safe_load(file.read_text())["config"])
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as e:
-        raise UserError(
-            f"{file} is no readable run.yaml ({why(e)}); give one that a run has written"
-        ) from None
-    arguments, rest = [], {}
-    for (
-        key,
-        value,
-    ) in stored.items():  # the file's flags are read as if typed: the same types, the same errors
+        text = f"{file} is no readable run.yaml ({why(e)}); give one that a run has written"
+        raise UserError(text) from None
+    arguments, rest = [], {}  # the file's flags are read as if typed: the same types, the same errors
+    for key, value in stored.items():
         if key in hints and key not in flags:
             rest[key] = tuple(value) if isinstance(value, list) else value
         elif isinstance(value, bool):
@@ -172,10 +167,8 @@ def parse(Config, doc, argv=None):
         raise UserError(f"{file}: {e}") from None
     for key, value in given.items():
         was = stored.get(key, flags[key])
-        if mode != "config" and key not in MAY_CHANGE[mode] | INVOCATION and value != was:
-            raise UserError(
-                f"{_flag(key)} {value} is not the run's ({was}); leave it out, or start a new run"
-            )
+        ok = mode == "config" or key in MAY_CHANGE[mode] | INVOCATION or value == was
+        need(ok, f"{_flag(key)} {value} is not the run's ({was}); leave it out, or start a new run")
     return Config(**(stored | given))
 
 
@@ -193,8 +186,7 @@ def pick_device(name):
     that CUDA calls without a device mean. Raises UserError."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(n for n in have if have[n]) if name == "auto" else name
-    if not have[name]:
-        raise UserError(f"--device {name}: PyTorch finds none on this machine; give --device cpu")
+    need(have[name], f"--device {name}: PyTorch finds none on this machine; give --device cpu")
     if name != "cuda":
         return torch.device(name)
     rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -259,10 +251,10 @@ def load_dataset(name, data_root="", split="train", image_size=0, channels=0, mo
     Raises UserError when it cannot be had.
     """
     root = Path(data_root or os.environ.get("DIFFUSION_DATA") or "data")
-    if channels not in (0, 1, 3):
-        raise UserError(f"--channels is {channels}; give 1 (gray), 3 (colour) or 0 (as the dataset is)")
-    if not 0 <= image_size <= 4096:
-        raise UserError(f"--image-size is {image_size}; give the side in pixels, or 0 for the dataset's own")
+    text = f"--channels is {channels}; give 1 (gray), 3 (colour) or 0 (as the dataset is)"
+    need(channels in (0, 1, 3), text)
+    text = f"--image-size is {image_size}; give the side in pixels, or 0 for the dataset's own"
+    need(0 <= image_size <= 4096, text)
     if name in ("mnist", "cifar10"):
         data = _torchvision(name, root, split)
     elif name == "digits":
@@ -270,9 +262,8 @@ def load_dataset(name, data_root="", split="train", image_size=0, channels=0, mo
     elif Path(name).exists():
         data = _files(Path(name), split, image_size, most)
     else:
-        raise UserError(
-            f"there is no dataset {name}; give mnist, cifar10, digits, or a folder or .zip of images"
-        )
+        text = f"there is no dataset {name}; give mnist, cifar10, digits, or a folder or .zip of images"
+        raise UserError(text)
 
     def fit(x):  # uint8 [n, C, H, W] to the size and channels that are asked for
         if image_size and x.shape[-1] != image_size:
@@ -329,9 +320,7 @@ def _digits(split, size, channels):
         m = 31 / size * zoom[i] * turn @ np.array([[1, shear[i]], [0, aspect[i]]])
         shift = 48 - m @ [size * (1 + 2 * dx[i]), size * (1 + 2 * dy[i])]
         affine = (*m[0], shift[0], *m[1], shift[1])
-        big = glyphs[i % 10, stroke[i]].transform(
-            (2 * size,) * 2, Image.Transform.AFFINE, affine, Image.BILINEAR
-        )
+        big = glyphs[i % 10, stroke[i]].transform((2 * size,) * 2, Image.AFFINE, affine, Image.BILINEAR)
         ink = np.asarray(big).reshape(size, 2, size, 2).mean((1, 3))[..., None] / 255
         ink = ink * rng.normal(1, 0.06, (size, size, 1))
         paper, pen = (0, 255) if channels == 1 else (rng.uniform(0, 90, 3), rng.uniform(150, 255, 3))
@@ -351,10 +340,8 @@ def _files(root, split, size, most):
     root = twin if has_twin and split == "test" else root
     try:
         if root.is_dir():
-            names, read = (
-                [str(f.relative_to(root)) for f in root.rglob("*")],
-                lambda n: (root / n).read_bytes(),
-            )
+            names = [str(f.relative_to(root)) for f in root.rglob("*")]
+            read = lambda n: (root / n).read_bytes()  # noqa: E731
             identity = lambda n: [n, os.stat(root / n).st_size, os.stat(root / n).st_mtime_ns]  # noqa: E731
         else:  # read member by member and never extracted: no name can lead outside
             archive = zipfile.ZipFile(root)
@@ -362,17 +349,11 @@ def _files(root, split, size, most):
             names, read = list(infos), lambda n: archive.read(n) if infos[n].file_size < 1 << 28 else b""
             identity = lambda n: [n, infos[n].CRC]  # noqa: E731
     except (OSError, zipfile.BadZipFile) as e:
-        raise UserError(
-            f"{root} is no readable folder or .zip ({why(e)}); give one that holds images"
-        ) from None
-    kinds = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-    names = sorted(
-        n for n in names if n.lower().endswith(kinds) and not re.search(r"(^|/)(\.[^./]|__MACOSX)", n)
-    )
-    if not names:
-        raise UserError(
-            f"there is no image ({' '.join(kinds)}) in {root}; give a folder or .zip that holds some"
-        )
+        text = f"{root} is no readable folder or .zip ({why(e)}); give one that holds images"
+        raise UserError(text) from None
+    kinds, hidden = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"), r"(^|/)(\.[^./]|__MACOSX)"
+    names = sorted(n for n in names if n.lower().endswith(kinds) and not re.search(hidden, n))
+    need(names, f"there is no image ({' '.join(kinds)}) in {root}; give a folder or .zip that holds some")
     classes = {c: i for i, c in enumerate(sorted({Path(n).parent.name for n in names}))}
     tops = {Path(n).parts[0] for n in names}
     held = next((t for t in ("test", "val") if {"train", t} <= tops), None)
@@ -412,9 +393,8 @@ def _files(root, split, size, most):
                 grays.append(x[1])
                 labels.append(classes[Path(name).parent.name])
     if len(bad) > 0.01 * len(names):
-        raise UserError(
-            f"{len(bad)} of {len(names)} images in {root} are unreadable: {bad[0]}...; remove them"
-        )
+        text = f"{len(bad)} of {len(names)} images in {root} are unreadable: {bad[0]}..."
+        raise UserError(f"{text}; remove them")
     if bad:
         say(f"warning: left out {len(bad)} unreadable of {len(names)} images: {', '.join(bad[:5])}")
     images = images[: len(labels), ..., : 1 if all(grays) else 3]
@@ -502,9 +482,8 @@ def time_embedding(t, dim, max_period=10_000.0):
     """Sinusoids of t in [0, 1]: [B] -> float32 [B, dim] (Vaswani et al. 2017, sec. 3.5)."""
     half = dim // 2
     freqs = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
-    angle = (
-        1000 * t.float()[:, None] * freqs
-    )  # made for integers up to 1000; of t itself, most would be constant
+    # The frequencies are made for integers up to 1000; of t itself, most sinusoids would be constant.
+    angle = 1000 * t.float()[:, None] * freqs
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
@@ -751,9 +730,8 @@ class Run:
         """
         if not self.pending:
             return
-        numbers = torch.stack(
-            [v.float() for x in self.pending for v in x.values() if torch.is_tensor(v)]
-        ).tolist()
+        tensors = [v.float() for x in self.pending for v in x.values() if torch.is_tensor(v)]
+        numbers = torch.stack(tensors).tolist()
         lines = [{k: numbers.pop(0) if torch.is_tensor(v) else v for k, v in x.items()} for x in self.pending]
         rate = self.cfg.bs * len(lines) / max(lines[-1]["seconds"] - self.seconds, 1e-9)
         self.seconds, self.pending = lines[-1]["seconds"], []
@@ -797,12 +775,9 @@ class Run:
         """Writes checkpoints/step_X.pt, whole or not at all, and removes all but the newest --keep."""
         if self.rank:
             return
-        state = {
-            "model": model.state_dict(),
-            "ema": ema.model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
-        state |= {"step": self.step, "config": self.config, "skipped": self.skipped, "seconds": seconds}
+        state = {"model": model.state_dict(), "ema": ema.model.state_dict()}
+        state |= {"optimizer": optimizer.state_dict(), "step": self.step, "config": self.config}
+        state |= {"skipped": self.skipped, "seconds": seconds}
         home = self.dir / "checkpoints"
         write_atomically(home / f"step_{self.step:08d}.pt", lambda f: torch.save(state, f))
         for old in sorted(home.glob("step_*.pt"))[: -self.cfg.keep]:
@@ -833,13 +808,8 @@ class Run:
             rate = images / (clock.seconds["train"] - self.seconds_before)
             per_image, peak = training_flops(model, self.cfg.shape), matmul_rate(clock.device, dtype)
             tflops, peak = per_image * rate / 1e12, peak / 1e12
-            facts = {
-                "images_per_s": rate,
-                "tflops": tflops,
-                "tflops_of_a_product": peak,
-                "mfu": tflops / peak,
-            }
-            self._append("speed.jsonl", [{"step": self.step, **facts}])
+            facts = {"step": self.step, "images_per_s": rate, "tflops": tflops}
+            self._append("speed.jsonl", [facts | {"tflops_of_a_product": peak, "mfu": tflops / peak}])
             text = f"speed   {rate:.1f} images/s a process, {tflops:.3g} TFLOP/s, {tflops / peak:.0%} of the "
             say(text + f"{peak:.3g} of a large product in {str(dtype)[6:]}")
         say("time    " + ", ".join(f"{k} {v:.1f} s" for k, v in clock.seconds.items()))
@@ -888,9 +858,8 @@ def save_pictures(path, images, history=(), columns=10):
     picture(images).save(f"{path}.png")
     if not len(history):
         return
-    colours = (
-        16 if images.shape[1] == 1 else 128
-    )  # noise compresses badly: fewer colours, a third of the bytes
+    # Noise compresses badly: with fewer colours it takes a third of the bytes.
+    colours = 16 if images.shape[1] == 1 else 128
     first, *others = [picture(x[:50]).quantize(colours, dither=Image.Dither.NONE) for x in history]
     durations = [4000 // len(history)] * len(others) + [2000]  # rests on the last
     first.save(f"{path}.gif", save_all=True, append_images=others, duration=durations, loop=0)

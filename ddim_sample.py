@@ -73,11 +73,9 @@ STEPS = {"ddim": 50, "heun": 18, "dpmpp2m": 15}
 
 def check(flags):
     """Raises UserError for values and combinations that cannot work with any run."""
-    for names, low in {"steps step frames interpolate eta": 0, "num bs": 1}.items():
-        for name in names.split():
-            high = 1 if name == "eta" else math.inf
-            if not low <= getattr(flags, name) <= high:
-                raise UserError(f"--{name} is {getattr(flags, name)}; give {low} to {high}")
+    common.in_range(flags, "steps step frames interpolate", 0)
+    common.in_range(flags, "num bs", 1)
+    common.in_range(flags, "eta", 0, 1)
     modes = [f"--{m}" for m in ("interpolate", "invert", "compare") if getattr(flags, m)]
     files, mode = flags.npz or flags.png, " and ".join(modes)
     low, high = flags.guidance_interval if len(flags.guidance_interval) == 2 else (1, 0)

@@ -83,9 +83,7 @@ class Config:
     # machine
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = the fastest there is
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 where it is faster
-    compile: Literal["auto", "on", "off"] = (
-        "auto"  # torch.compile; auto = if the run is long enough to pay it
-    )
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = if the run is long enough
     channels_last: bool = True  # memory order of the feature maps
     grad_checkpoint: bool = False  # recompute blocks in the backward pass: less memory, a third slower
     # from the dataset
@@ -106,18 +104,14 @@ def check(cfg):
     levels = len(cfg.mults)
     need(levels and min(cfg.mults) >= 1, "--mults needs a number for each level; give such as --mults 1 2 4")
     side, factor = cfg.shape[-1], 2 ** (levels - 1)  # each level but the first halves the resolution
-    sizes = f"{side}x{side} does not fit {levels} levels, multiples of {factor} do"
-    need(
-        side % factor == 0,
-        f"{sizes}; give --image-size {max(1, round(side / factor)) * factor} or fewer --mults",
-    )
+    near = max(1, round(side / factor)) * factor
+    text = f"{side}x{side} does not fit {levels} levels, multiples of {factor} do"
+    need(side % factor == 0, f"{text}; give --image-size {near} or fewer --mults")
     sides = [side >> i for i in range(levels)]
     need(set(cfg.attention) <= set(sides), f"--attention is at none of the levels; choose from {sides}")
     need(cfg.sampling_steps <= cfg.timesteps, "--sampling-steps is more than --timesteps; give fewer")
-    need(
-        not (cfg.zero_snr and cfg.objective == "eps"),
-        "--zero-snr: at t = 1 eps says nothing; use --objective v",
-    )
+    blind = cfg.zero_snr and cfg.objective == "eps"
+    need(not blind, "--zero-snr: at t = 1 eps says nothing; use --objective v")
     need(cfg.guidance == 1 or cfg.class_dropout > 0, "--guidance needs --class-dropout; or give --guidance 1")
 
 
@@ -203,9 +197,7 @@ class UNet(nn.Module):
             self.down.append(nn.ModuleList(stage(c, w, level) for c in cins))
             now = w
         self.middle = stage(now, now, len(widths) - 1)
-        for level, w in reversed(
-            list(enumerate(widths))
-        ):  # every block takes a skip connection of w channels
+        for level, w in reversed(list(enumerate(widths))):  # each block takes a skip of w channels
             cins = [now + w] + [2 * w] * (cfg.blocks - 1)
             self.up.append(nn.ModuleList(stage(c, w, level) for c in cins))
             now = w
@@ -221,11 +213,8 @@ class UNet(nn.Module):
                 h = stage[0](h, emb)
                 return stage[1](h) if len(stage) > 1 else h
 
-            return (
-                checkpoint(body, h, use_reentrant=False)
-                if self.grad_checkpoint and self.training
-                else body(h)
-            )
+            recompute = self.grad_checkpoint and self.training
+            return checkpoint(body, h, use_reentrant=False) if recompute else body(h)
 
         h, skips = self.stem(x), []
         for i, level in enumerate(self.down):

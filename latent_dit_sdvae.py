@@ -261,10 +261,8 @@ def train_vae(data, folder, cfg, device):
     if not loss.isfinite():
         raise UserError("the VAE's training diverged; look at the dataset, or give --vae a trained one")
     vae.eval().requires_grad_(False)
-    rows = torch.linspace(0, len(data.labels) - 1, 1000).long()
-    means = [
-        vae.encode(data.images[i].to(device).float() / 127.5 - 1).latent_dist.mean for i in rows.split(50)
-    ]
+    rows = torch.linspace(0, len(data.labels) - 1, 1000).long().split(50)
+    means = [vae.encode(data.images[i].to(device).float() / 127.5 - 1).latent_dist.mean for i in rows]
     means = torch.cat(means)
     vae.register_to_config(scaling_factor=1 / means.std().item(), shift_factor=means.mean().item())
     part = folder.with_name(folder.name + ".part")
@@ -373,12 +371,11 @@ def encoded(data, vae, cfg, split, device, rank=0, world=1):
     key = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
     folder = cache_folder(cfg) / f"{data.name}_{split}_{data.images.shape[-1]}px_{key}"
     with alone(folder, rank, world):
-        if rank == 0 and not (
-            (folder / "facts.json").exists() and (folder / "facts.json").read_text() == text
-        ):
+        known = folder / "facts.json"
+        if rank == 0 and not (known.exists() and known.read_text() == text):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            common.write_atomically(folder / "facts.json", lambda f: f.write(text.encode()))
+            common.write_atomically(known, lambda f: f.write(text.encode()))
         together(world)
         with open(folder / "latents.f16", "ab") as file:
             file.truncate(2 * math.prod(shape))
@@ -388,11 +385,10 @@ def encoded(data, vae, cfg, split, device, rank=0, world=1):
         together(world)  # all have read the sums before any writes one
         todo, damaged = [], 0
         for i in range(rank, math.ceil(len(stored) / CHUNK), world):
-            if str(i) not in started:
+            begun = str(i) in started
+            if not begun or f"{i} {zlib.crc32(stored[i * CHUNK : (i + 1) * CHUNK])}" not in sums:
                 todo.append(i)
-            elif f"{i} {zlib.crc32(stored[i * CHUNK : (i + 1) * CHUNK])}" not in sums:
-                todo.append(i)
-                damaged += 1
+                damaged += begun
         if damaged:
             common.say(f"warning: {damaged} chunks in {folder} are damaged; encoding them again")
 
@@ -447,11 +443,8 @@ class Latents:
     def __call__(self, step):
         rows, view = self.rows[self.order(step)[self.mine]], self.order.mirrored(step)[self.mine].long()
         view, where = view % self.stored.shape[1], self.stored.device
-        posterior, y = (
-            self.to_device(self.stored[rows.to(where), view.to(where)]),
-            self.to_device(self.labels[rows]),
-        )
-        return *posterior.float().unbind(1), y
+        posterior = self.to_device(self.stored[rows.to(where), view.to(where)])
+        return *posterior.float().unbind(1), self.to_device(self.labels[rows])
 
     def to_device(self, v):
         if self.device.type == "cuda" and not v.is_cuda:
