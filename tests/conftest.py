@@ -1,6 +1,8 @@
+import functools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,25 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
+import common  # noqa: E402
+
 # A model of a few thousand weights: a step takes milliseconds.
 TINY = "--width 8 --mults 1 2 --bs 8 --sampling-steps 4 --num-samples 10 --image-size 16".split()
 TINY += "--compile off --dtype float32".split()
+
+load = common.load_dataset
+draw = functools.cache(load)
+
+
+@pytest.fixture(autouse=True)
+def digits_are_drawn_once(request, monkeypatch):
+    """Drawing them takes seconds in every run; test_common.py tests that each time gives the same."""
+
+    def once(name, *args, **more):
+        return replace(draw(name, *args, **more)) if name == "digits" else load(name, *args, **more)
+
+    if request.module.__name__ != "test_common":
+        monkeypatch.setattr(common, "load_dataset", once)
 
 
 @pytest.fixture
