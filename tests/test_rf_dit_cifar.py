@@ -143,7 +143,7 @@ def test_the_residual_stream_is_float32(positions, adaln):
 def test_any_head_has_its_angles():
     for dim in range(4, 1001, 4):  # 4 / dim is not exact: counted in floats, some had one too many
         cos, sin = rf.rope_table(2, dim)
-        assert cos.shape == sin.shape == (4, dim)
+        assert cos.shape == sin.shape == (4, dim // 2)
 
 
 # ------------------------------------------------------------------------------------------------
