@@ -3,7 +3,8 @@ optimizer, loop.
 
 Method: Liu et al. 2022, "Flow Straight and Fast" (arXiv:2209.03003), and Lipman et al. 2022, "Flow Matching
 for Generative Modeling" (arXiv:2210.02747). Model: Peebles & Xie 2022, "Scalable Diffusion Models with
-Transformers" (arXiv:2212.09748), with what came since: rotary positions, QK-norm, a shared modulation, Muon.
+Transformers" (arXiv:2212.09748), with what came since: rotary positions, QK-norm, squared ReLU, a shared
+modulation, Muon.
 
     python rf_dit_cifar.py --steps 200000 --bs 256              CIFAR-10 on one GPU
     python rf_dit_cifar.py --resume logs/rf/RUN                 goes on where a run stopped
