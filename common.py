@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import difflib
 import errno
 import fcntl
@@ -183,10 +184,12 @@ def seed_of(*key):
 
 def pick_device(name):
     """`auto` -> cuda, mps or cpu; under torchrun each process takes a GPU of its own, from then on the one
-    that CUDA calls without a device mean. Raises UserError."""
+    that CUDA calls without a device mean. On a CPU, freed memory is kept. Raises UserError."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(n for n in have if have[n]) if name == "auto" else name
     need(have[name], f"--device {name}: PyTorch finds none on this machine; give --device cpu")
+    if name == "cpu":
+        keep_memory()
     if name != "cuda":
         return torch.device(name)
     rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -195,6 +198,15 @@ def pick_device(name):
         raise UserError(f"{text}; give torchrun --nproc-per-node={count}, or --device cpu")
     torch.cuda.set_device(rank)  # else nccl's barriers, and some memory of each process, go to the first
     return torch.device(name, rank)
+
+
+def keep_memory():
+    """Where C's library is glibc, has it keep what is freed: a step needs as much as the last, and the kernel
+    would clear each page of it anew (8% of a step of DiT-S/2 with 32 images on two cores)."""
+    with contextlib.suppress(AttributeError, OSError):  # another library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap like the rest
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def device_facts(device):

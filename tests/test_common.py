@@ -1,8 +1,13 @@
 """Datasets, batches, time embedding, EMA, flags and the atomic write of common.py."""
 
+import functools
 import io
+import platform
+import subprocess
+import sys
 import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -207,6 +212,23 @@ def test_more_processes_than_gpus_is_one_line(monkeypatch):
 def test_a_process_takes_its_own_gpu():
     device = common.pick_device("auto")
     assert torch.cuda.current_device() == device.index == 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_freed_memory_is_kept_on_the_cpu():
+    """Else the kernel clears all of it again in the next step."""
+    code = """if 1:
+        import resource, sys, torch, common
+        if sys.argv[1] == "kept":
+            common.pick_device("cpu")
+        for _ in range(10):  # the first find no piece that is large enough
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(2**24)  # 64 MiB
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    run = functools.partial(subprocess.run, cwd=Path(common.__file__).parent, capture_output=True, check=True)
+    faults = [int(run([sys.executable, "-c", code, arg]).stdout) for arg in ("kept", "usual")]
+    assert faults[0] < 100 < faults[1]
 
 
 def test_batches_shuffle_without_replacement_and_depend_on_seed_and_step_alone():
