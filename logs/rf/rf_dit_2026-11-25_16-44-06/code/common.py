@@ -28,8 +28,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import yaml
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
@@ -53,9 +55,8 @@ def one_line_errors():
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        text = (
-            f"{e.strerror}: {e.filename or 'the run folder'}; make room, or write elsewhere (--logs, --out)"
-        )
+        place = e.filename or "the run folder"
+        text = f"{e.strerror}: {place}; make room, or write elsewhere (--logs, --out, --cache)"
     print(f"error: {text}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -63,6 +64,27 @@ def one_line_errors():
 def why(e):
     """The first line of an exception."""
     return (str(e).splitlines() or [type(e).__name__])[0][:120]
+
+
+def need(ok, text):
+    """Raises UserError(text) unless ok."""
+    if not ok:
+        raise UserError(text)
+
+
+def in_range(cfg, names, low, high=math.inf):
+    """Raises UserError unless these flags, separated by spaces, are numbers in [low, high]."""
+    bounds = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+    for name in names.split():
+        value = getattr(cfg, name)
+        need(low <= value <= high, f"{_flag(name)} is {value}; give {bounds}")
+
+
+def positive(cfg, names):
+    """Raises UserError unless these flags, separated by spaces, are positive and finite."""
+    for name in names.split():
+        value = getattr(cfg, name)
+        need(0 < value < math.inf, f"{_flag(name)} is {value}; give a positive number")
 
 
 def derived(default):
@@ -74,7 +96,7 @@ INVOCATION = {"resume", "sample", "config"}  # flags that name a run instead of 
 # A run's flags hold, but --resume may change how long, how often and where it runs, --sample how it samples.
 MAY_CHANGE = {
     "resume": set("steps minutes log_every eval_every sample_every save_every keep".split())
-    | set("device dtype compile grad_checkpoint data_root logs".split()),
+    | set("device dtype compile grad_checkpoint data_root logs cache vae_path".split()),
     "sample": set("guidance guidance_interval sampling_steps solver clip_x0 num_samples seed device".split()),
 }
 
@@ -93,9 +115,8 @@ def parse(Config, doc, argv=None):
     hints = typing.get_type_hints(Config)
     helps = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(Config), re.M))
     flags = {f.name: f.default for f in fields(Config) if not f.metadata}
-    parser = _Parser(
-        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(description=doc, allow_abbrev=False, formatter_class=layout)
     for name, default in flags.items():
         hint, kind = hints[name], {"help": f"{helps.get(name, '')} [{default}]".replace("%", "%%")}
         if hint is bool:
@@ -103,7 +124,8 @@ def parse(Config, doc, argv=None):
         elif typing.get_origin(hint) is typing.Literal:
             kind["choices"] = typing.get_args(hint)
         elif typing.get_origin(hint) is tuple:
-            kind |= {"nargs": "*", "type": typing.get_args(hint)[0], "metavar": "N"}
+            of = typing.get_args(hint)  # tuple[float, ...] takes any number of them, tuple[float, float] two
+            kind |= {"nargs": "*" if of[-1] is ... else len(of), "type": of[0], "metavar": "N"}
         else:
             kind |= {"type": hint, "metavar": hint.__name__.upper()}
         parser.add_argument(_flag(name), default=argparse.SUPPRESS, **kind)
@@ -127,14 +149,10 @@ def parse(Config, doc, argv=None):
     try:
         stored = dict(yaml.safe_load(file.read_text())["config"])
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as e:
-        raise UserError(
-            f"{file} is no readable run.yaml ({why(e)}); give one that a run has written"
-        ) from None
-    arguments, rest = [], {}
-    for (
-        key,
-        value,
-    ) in stored.items():  # the file's flags are read as if typed: the same types, the same errors
+        text = f"{file} is no readable run.yaml ({why(e)}); give one that a run has written"
+        raise UserError(text) from None
+    arguments, rest = [], {}  # the file's flags are read as if typed: the same types, the same errors
+    for key, value in stored.items():
         if key in hints and key not in flags:
             rest[key] = tuple(value) if isinstance(value, list) else value
         elif isinstance(value, bool):
@@ -149,10 +167,8 @@ def parse(Config, doc, argv=None):
         raise UserError(f"{file}: {e}") from None
     for key, value in given.items():
         was = stored.get(key, flags[key])
-        if mode != "config" and key not in MAY_CHANGE[mode] | INVOCATION and value != was:
-            raise UserError(
-                f"{_flag(key)} {value} is not the run's ({was}); leave it out, or start a new run"
-            )
+        ok = mode == "config" or key in MAY_CHANGE[mode] | INVOCATION or value == was
+        need(ok, f"{_flag(key)} {value} is not the run's ({was}); leave it out, or start a new run")
     return Config(**(stored | given))
 
 
@@ -166,12 +182,19 @@ def seed_of(*key):
 
 
 def pick_device(name):
-    """`auto` -> cuda, mps or cpu; under torchrun each process takes its own GPU. Raises UserError."""
+    """`auto` -> cuda, mps or cpu; under torchrun each process takes a GPU of its own, from then on the one
+    that CUDA calls without a device mean. Raises UserError."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(n for n in have if have[n]) if name == "auto" else name
-    if not have[name]:
-        raise UserError(f"--device {name}: PyTorch finds none on this machine; give --device cpu")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    need(have[name], f"--device {name}: PyTorch finds none on this machine; give --device cpu")
+    if name != "cuda":
+        return torch.device(name)
+    rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if rank >= count:
+        text = f"there are {count} GPUs here, but a process {rank + 1}"
+        raise UserError(f"{text}; give torchrun --nproc-per-node={count}, or --device cpu")
+    torch.cuda.set_device(rank)  # else nccl's barriers, and some memory of each process, go to the first
+    return torch.device(name, rank)
 
 
 def device_facts(device):
@@ -193,40 +216,69 @@ class Dataset:
     """images uint8 [N, C, H, W]; labels int64 [N]; flip: may a mirrored image stand for itself?"""
 
     name: str
-    images: torch.Tensor
+    images: "torch.Tensor | Stream"
     labels: torch.Tensor
     classes: list[str]
     flip: bool
 
+    def digest(self):
+        """16 hexadecimal digits of its content; of a Stream, of the files' names, sizes and dates."""
+        x = self.images.identity if isinstance(self.images, Stream) else self.images.numpy().tobytes()
+        return hashlib.blake2b(x + self.labels.numpy().tobytes(), digest_size=8).hexdigest()
 
-def load_dataset(name, data_root="", split="train", image_size=0, channels=0):
+
+class Stream:
+    """Stands for images that memory may not hold: stream[rows] reads them, uint8 [n, C, H, W].
+
+    rows is a list or tensor of integers. What is unreadable comes out black, and `bad` says why: {row: text}.
+    """
+
+    def __init__(self, shape, read, identity):
+        self.shape, self.read, self.identity, self.bad = shape, read, identity, {}
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        return self.read([int(i) for i in rows])
+
+
+def load_dataset(name, data_root="", split="train", image_size=0, channels=0, most=math.inf):
     """The "train" or "test" split of `mnist`, `cifar10`, `digits`, or of a folder or .zip of images.
 
     data_root holds mnist and cifar10 (default $DIFFUSION_DATA, else data/). image_size (pixels) and channels
-    (1 or 3) of 0 keep the dataset's own. Raises UserError when it cannot be had.
+    (1 or 3) of 0 keep the dataset's own. Images of more than `most` bytes are not loaded, but are a Stream.
+    Raises UserError when it cannot be had.
     """
     root = Path(data_root or os.environ.get("DIFFUSION_DATA") or "data")
-    if channels not in (0, 1, 3):
-        raise UserError(f"--channels is {channels}; give 1 (gray), 3 (colour) or 0 (as the dataset is)")
-    if not 0 <= image_size <= 4096:
-        raise UserError(f"--image-size is {image_size}; give the side in pixels, or 0 for the dataset's own")
+    text = f"--channels is {channels}; give 1 (gray), 3 (colour) or 0 (as the dataset is)"
+    need(channels in (0, 1, 3), text)
+    text = f"--image-size is {image_size}; give the side in pixels, or 0 for the dataset's own"
+    need(0 <= image_size <= 4096, text)
     if name in ("mnist", "cifar10"):
         data = _torchvision(name, root, split)
     elif name == "digits":
         data = _digits(split, image_size or (32 if channels == 3 else 28), channels or 1)
     elif Path(name).exists():
-        data = _files(Path(name), split, image_size)
+        data = _files(Path(name), split, image_size, most)
     else:
-        raise UserError(
-            f"there is no dataset {name}; give mnist, cifar10, digits, or a folder or .zip of images"
-        )
-    x = data.images
-    if image_size and x.shape[-1] != image_size:
-        x = torch.nn.functional.interpolate(x.float(), (image_size,) * 2, mode="bicubic", antialias=True)
-    if channels == 1 and x.shape[1] == 3:
-        x = (x * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)  # luma, ITU-R 601
-    x = x if x.dtype == torch.uint8 else x.round_().clamp_(0, 255).to(torch.uint8)
-    data.images = x.expand(-1, 3, -1, -1).contiguous() if channels == 3 else x
+        text = f"there is no dataset {name}; give mnist, cifar10, digits, or a folder or .zip of images"
+        raise UserError(text)
+
+    def fit(x):  # uint8 [n, C, H, W] to the size and channels that are asked for
+        if image_size and x.shape[-1] != image_size:
+            x = torch.nn.functional.interpolate(x.float(), (image_size,) * 2, mode="bicubic", antialias=True)
+        if channels == 1 and x.shape[1] == 3:  # luma, ITU-R 601
+            x = (x * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        x = x if x.dtype == torch.uint8 else x.round_().clamp_(0, 255).to(torch.uint8)
+        return x.expand(-1, 3, -1, -1).contiguous() if channels == 3 else x
+
+    x, shape = data.images, (channels or data.images.shape[1], *[image_size or data.images.shape[-1]] * 2)
+    if isinstance(x, Stream) or len(x) * math.prod(shape) > most:
+        data.images = Stream((len(x), *shape), lambda rows: fit(x[rows]), data.digest().encode())
+        data.images.bad = getattr(x, "bad", {})
+    else:
+        data.images = fit(x)
     return data
 
 
@@ -238,7 +290,11 @@ def _torchvision(name, root, split):
         try:
             data = kind(root, train=split == "train")
         except RuntimeError:  # torchvision's way of saying "not found or corrupted"
-            data = kind(root, train=split == "train", download=True)
+            root.mkdir(parents=True, exist_ok=True)
+            with open(root / f".{name}.lock", "w") as lock:  # of several processes one downloads
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                data = kind(root, train=split == "train", download=True)
     except (OSError, RuntimeError, ValueError, EOFError) as e:
         text = f"{name} is not in {root.resolve()} and cannot be downloaded ({why(e)}); "
         raise UserError(text + "give its folder with --data-root, or train on --dataset digits") from None
@@ -264,9 +320,7 @@ def _digits(split, size, channels):
         m = 31 / size * zoom[i] * turn @ np.array([[1, shear[i]], [0, aspect[i]]])
         shift = 48 - m @ [size * (1 + 2 * dx[i]), size * (1 + 2 * dy[i])]
         affine = (*m[0], shift[0], *m[1], shift[1])
-        big = glyphs[i % 10, stroke[i]].transform(
-            (2 * size,) * 2, Image.Transform.AFFINE, affine, Image.BILINEAR
-        )
+        big = glyphs[i % 10, stroke[i]].transform((2 * size,) * 2, Image.AFFINE, affine, Image.BILINEAR)
         ink = np.asarray(big).reshape(size, 2, size, 2).mean((1, 3))[..., None] / 255
         ink = ink * rng.normal(1, 0.06, (size, size, 1))
         paper, pen = (0, 255) if channels == 1 else (rng.uniform(0, 90, 3), rng.uniform(150, 255, 3))
@@ -275,7 +329,7 @@ def _digits(split, size, channels):
     return Dataset("digits", images, torch.arange(n) % 10, [str(d) for d in range(10)], flip=False)
 
 
-def _files(root, split, size):
+def _files(root, split, size, most):
     """A folder or .zip with images at any depth; an image's class is the name of the folder it lies in.
 
     Splits: top folders train/ and test/ (or val/), or X-train.zip beside X-test.zip; else every 20th image is
@@ -286,27 +340,21 @@ def _files(root, split, size):
     root = twin if has_twin and split == "test" else root
     try:
         if root.is_dir():
-            names, read = (
-                [str(f.relative_to(root)) for f in root.rglob("*")],
-                lambda n: (root / n).read_bytes(),
-            )
+            names = [str(f.relative_to(root)) for f in root.rglob("*")]
+            read = lambda n: (root / n).read_bytes()  # noqa: E731
+            identity = lambda n: [n, os.stat(root / n).st_size, os.stat(root / n).st_mtime_ns]  # noqa: E731
         else:  # read member by member and never extracted: no name can lead outside
             archive = zipfile.ZipFile(root)
-            sizes = {i.filename: i.file_size for i in archive.infolist()}
-            names, read = list(sizes), lambda n: archive.read(n) if sizes[n] < 1 << 28 else b""
+            infos = {i.filename: i for i in archive.infolist()}
+            names, read = list(infos), lambda n: archive.read(n) if infos[n].file_size < 1 << 28 else b""
+            identity = lambda n: [n, infos[n].CRC]  # noqa: E731
     except (OSError, zipfile.BadZipFile) as e:
-        raise UserError(
-            f"{root} is no readable folder or .zip ({why(e)}); give one that holds images"
-        ) from None
-    kinds = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-    names = sorted(
-        n for n in names if n.lower().endswith(kinds) and not re.search(r"(^|/)(\.[^./]|__MACOSX)", n)
-    )
-    if not names:
-        raise UserError(
-            f"there is no image ({' '.join(kinds)}) in {root}; give a folder or .zip that holds some"
-        )
-    classes = sorted({Path(n).parent.name for n in names})
+        text = f"{root} is no readable folder or .zip ({why(e)}); give one that holds images"
+        raise UserError(text) from None
+    kinds, hidden = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"), r"(^|/)(\.[^./]|__MACOSX)"
+    names = sorted(n for n in names if n.lower().endswith(kinds) and not re.search(hidden, n))
+    need(names, f"there is no image ({' '.join(kinds)}) in {root}; give a folder or .zip that holds some")
+    classes = {c: i for i, c in enumerate(sorted({Path(n).parent.name for n in names}))}
     tops = {Path(n).parts[0] for n in names}
     held = next((t for t in ("test", "val") if {"train", t} <= tops), None)
     if held:
@@ -322,6 +370,19 @@ def _files(root, split, size):
 
     found = (load(n, 0) for n in names) if size == 0 else ()
     size = size or next((len(x[0]) for x in found if isinstance(x, tuple)), 1)
+    shape, labels = (len(names), 3, size, size), [classes[Path(n).parent.name] for n in names]
+    if math.prod(shape) > most:
+        pool, black = ThreadPoolExecutor(os.cpu_count()), np.zeros((size, size, 3), np.uint8)
+
+        def read_rows(rows):
+            found = list(pool.map(lambda i: load(names[i], size), rows))
+            stream.bad |= {i: x for i, x in zip(rows, found, strict=True) if isinstance(x, str)}
+            found = np.stack([black if isinstance(x, str) else x[0] for x in found])
+            return torch.from_numpy(found).permute(0, 3, 1, 2)
+
+        stream = Stream(shape, read_rows, repr([size, [identity(n) for n in names]]).encode())
+        return Dataset(root.stem, stream, torch.tensor(labels), list(classes), flip=True)
+
     images, grays, labels, bad = np.empty((len(names), size, size, 3), np.uint8), [], [], []
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding leaves Python's lock
         for name, x in zip(names, pool.map(functools.partial(load, size=size), names), strict=True):
@@ -330,16 +391,15 @@ def _files(root, split, size):
             else:
                 images[len(labels)] = x[0]
                 grays.append(x[1])
-                labels.append(classes.index(Path(name).parent.name))
+                labels.append(classes[Path(name).parent.name])
     if len(bad) > 0.01 * len(names):
-        raise UserError(
-            f"{len(bad)} of {len(names)} images in {root} are unreadable: {bad[0]}...; remove them"
-        )
+        text = f"{len(bad)} of {len(names)} images in {root} are unreadable: {bad[0]}..."
+        raise UserError(f"{text}; remove them")
     if bad:
         say(f"warning: left out {len(bad)} unreadable of {len(names)} images: {', '.join(bad[:5])}")
     images = images[: len(labels), ..., : 1 if all(grays) else 3]
     images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return Dataset(root.stem, images, torch.tensor(labels), classes, flip=True)
+    return Dataset(root.stem, images, torch.tensor(labels), list(classes), flip=True)
 
 
 def decode_image(data, size):
@@ -364,33 +424,52 @@ def decode_image(data, size):
     return np.asarray(image), gray
 
 
-class Batches:
-    """`x, y = batches(step)`: batches as a pure function of (seed, step, rank).
+class Order:
+    """`rows = order(step)`: which samples make the batch of a step, int64 [bs]: a function of (seed, step).
 
-    Sample j of step s is number s * bs + j of a stream of epochs, each its own shuffle; a rank has its
-    slice. x is float32 [bs / world, C, H, W] in [-1, 1], on the device of the uint8 tensor; y int64.
+    Sample j of step s is number s * bs + j of a stream of epochs, each its own shuffle of n.
+    """
+
+    def __init__(self, n, bs, seed, device="cpu"):
+        self.n, self.bs, self.seed, self.device = n, bs, seed, device
+        self.epoch = functools.lru_cache(2)(self._epoch)
+
+    def _epoch(self, epoch):
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "data", epoch))
+        return torch.randperm(self.n, generator=generator).to(self.device)
+
+    def __call__(self, step):
+        i, end, parts = step * self.bs, (step + 1) * self.bs, []
+        while i < end:  # a batch may span epochs
+            epoch, k = divmod(i, self.n)
+            parts.append(self.epoch(epoch)[k : k + end - i])
+            i += len(parts[-1])
+        return torch.cat(parts)
+
+    def mirrored(self, step):
+        """Which of them are to be flipped, bool [bs] on the CPU."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "flip", step))
+        return torch.rand(self.bs, generator=generator) < 0.5
+
+
+class Batches:
+    """`x, y = batches(step)`: images and labels in the order above, of which a rank has its slice.
+
+    x is float32 [bs / world, C, H, W] in [-1, 1], on the device of the uint8 tensor; y int64.
     """
 
     def __init__(self, data, bs, seed, device, rank=0, world=1):
         self.images, self.labels, self.flip = data.images.to(device), data.labels.to(device), data.flip
-        self.bs, self.seed, self.mine = bs, seed, slice(rank * bs // world, (rank + 1) * bs // world)
-        self.order = functools.lru_cache(2)(self._order)
-
-    def _order(self, epoch):
-        generator = torch.Generator().manual_seed(seed_of(self.seed, "data", epoch))
-        return torch.randperm(len(self.images), generator=generator).to(self.images.device)
+        self.order = Order(len(self.images), bs, seed, device)
+        self.mine = slice(rank * bs // world, (rank + 1) * bs // world)
 
     def __call__(self, step):
-        n, i, end, parts = len(self.images), step * self.bs, (step + 1) * self.bs, []
-        while i < end:  # a batch may span epochs
-            epoch, k = divmod(i, n)
-            parts.append(self.order(epoch)[k : k + end - i])
-            i += len(parts[-1])
-        rows = torch.cat(parts)[self.mine]
+        rows = self.order(step)[self.mine]
         x = self.images[rows].float() / 127.5 - 1
         if self.flip:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, "flip", step))
-            mirror = (torch.rand(self.bs, generator=generator) < 0.5)[self.mine].to(x.device)
+            mirror = self.order.mirrored(step)[self.mine]
+            mirror = mirror.pin_memory() if x.is_cuda else mirror  # else the copy waits for the device
+            mirror = mirror.to(x.device, non_blocking=x.is_cuda)
             x = torch.where(mirror.view(-1, 1, 1, 1), x.flip(-1), x)
         return x, self.labels[rows]
 
@@ -403,9 +482,8 @@ def time_embedding(t, dim, max_period=10_000.0):
     """Sinusoids of t in [0, 1]: [B] -> float32 [B, dim] (Vaswani et al. 2017, sec. 3.5)."""
     half = dim // 2
     freqs = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
-    angle = (
-        1000 * t.float()[:, None] * freqs
-    )  # made for integers up to 1000; of t itself, most would be constant
+    # The frequencies are made for integers up to 1000; of t itself, most sinusoids would be constant.
+    angle = 1000 * t.float()[:, None] * freqs
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
@@ -456,6 +534,8 @@ def write_atomically(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except RuntimeError as e:  # torch.save hides a full disk behind an error of its own
+        raise (e.__context__ if isinstance(e.__context__, OSError) else e) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -518,6 +598,13 @@ class Clock:
         self.seconds[purpose] = self.seconds.get(purpose, 0.0) + now - self.last
         self.last = now
 
+    @contextlib.contextmanager
+    def apart(self, purpose):
+        """Books the time inside on this purpose, and what came before on training."""
+        self.lap("train")
+        yield
+        self.lap(purpose)
+
     def training(self):
         """Seconds of training so far, the time since the last lap included; does not wait for the device."""
         return self.seconds["train"] + time.perf_counter() - self.last
@@ -535,6 +622,7 @@ class Run:
         self.state = newest_checkpoint(cfg.resume) if cfg.resume else None
         old = self.state or {"step": 0, "skipped": 0, "seconds": 0.0}
         self.step, self.skipped, self.seconds = old["step"], old["skipped"], old["seconds"]
+        self.first, self.seconds_before = self.step, self.seconds
         self.streak, self.printed = 0, time.monotonic()
         # What `config` in run.yaml and checkpoints holds: everything but how this process was started.
         self.config = {k: v for k, v in asdict(cfg).items() if k not in INVOCATION}
@@ -556,10 +644,13 @@ class Run:
                 shutil.copy2(source, self.dir / "code")
         self.bar = tqdm(total=100, bar_format="{l_bar}{bar}| {desc}", disable=not sys.stderr.isatty())
         sys.stdout, sys.stderr = Tee(sys.stdout, files[0]), Tee(sys.stderr, files[1])
+        if job := os.environ.get("DIFFUSION_JOB"):  # of slurm/run.sh; run and job name each other
+            write_atomically(Path(job), lambda f: f.write(f"{self.dir.resolve()}\n".encode()))
+            say(f"job     {os.environ.get('DIFFUSION_JOB_LOG')}")
 
-    def _stop(self, *_):
-        if self.stopping:
-            raise KeyboardInterrupt  # asked twice
+    def _stop(self, number, _):
+        if self.stopping and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice by hand; launchers and schedulers repeat themselves
         self.stopping = True
 
     def _make(self, method, backbone):
@@ -596,24 +687,36 @@ class Run:
             return
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
         count, shape = sum(p.numel() for p in model.parameters()), "x".join(map(str, data.images.shape[1:]))
-        hashed = hashlib.blake2b(data.images.numpy().tobytes() + data.labels.numpy().tobytes(), digest_size=8)
         facts = {
             "command": " ".join(sys.argv),
             "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
             "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
             "device": device_facts(device)[0],
-            "dataset": f"{data.name}, {len(data.labels)} images {shape}, blake2b {hashed.hexdigest()}",
+            "dataset": f"{data.name}, {len(data.labels)} images {shape}, blake2b {data.digest()}",
             "parameters": count,
             **more,
             "config": {k: list(v) if isinstance(v, tuple) else v for k, v in self.config.items()},
         }
-        if not (self.dir / "run.yaml").exists():
+        if (self.dir / "run.yaml").exists():
+            was = (yaml.safe_load((self.dir / "run.yaml").read_text()) or {}).get("processes")
+            if "processes" in more and was not in (None, more["processes"]):
+                say(f"note    {was} processes before, now {more['processes']}: not bit for bit the same run")
+        else:
             text = yaml.safe_dump(facts, sort_keys=False)
             write_atomically(self.dir / "run.yaml", lambda f: f.write(text.encode()))
         say(f"model   {type(model).__name__}, {count / 1e6:.2f} M parameters")
         say(f"data    {data.name}, {len(data.labels):,} images {shape}, {len(data.classes)} classes")
         say(f"device  {facts['device']}; " + ", ".join(f"{k} {v}" for k, v in more.items()))
         say(f"folder  {self.dir}" + (f", going on after step {self.step}" if self.step else ""))
+
+    def agree(self, seconds):
+        """(has a signal asked to stop?, seconds of training), the same in all processes."""
+        if not dist.is_initialized():
+            return self.stopping, seconds
+        agreed = torch.tensor([self.stopping, seconds], dtype=torch.float64)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        stop, seconds = agreed.tolist()
+        return bool(stop), seconds
 
     def record(self, step, **values):
         """Keeps a step's numbers, which may still be on their way on the device, for the next flush()."""
@@ -627,9 +730,8 @@ class Run:
         """
         if not self.pending:
             return
-        numbers = torch.stack(
-            [v.float() for x in self.pending for v in x.values() if torch.is_tensor(v)]
-        ).tolist()
+        tensors = [v.float() for x in self.pending for v in x.values() if torch.is_tensor(v)]
+        numbers = torch.stack(tensors).tolist()
         lines = [{k: numbers.pop(0) if torch.is_tensor(v) else v for k, v in x.items()} for x in self.pending]
         rate = self.cfg.bs * len(lines) / max(lines[-1]["seconds"] - self.seconds, 1e-9)
         self.seconds, self.pending = lines[-1]["seconds"], []
@@ -641,7 +743,7 @@ class Run:
             if bad:  # JSON knows no NaN
                 x |= {"loss": None, "grad_norm": None, "skipped": True}
             if self.streak == 10:
-                self._append("loss.jsonl", lines)
+                self._append("loss.jsonl", lines[: lines.index(x) + 1])
                 text = f"error: loss or gradient not finite in ten steps in a row, up to step {x['step']}"
                 sys.exit(f"{text}; try a smaller --lr, or --dtype float32")  # status 1
         self._append("loss.jsonl", lines)
@@ -673,29 +775,65 @@ class Run:
         """Writes checkpoints/step_X.pt, whole or not at all, and removes all but the newest --keep."""
         if self.rank:
             return
-        state = {
-            "model": model.state_dict(),
-            "ema": ema.model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
-        state |= {"step": self.step, "config": self.config, "skipped": self.skipped, "seconds": seconds}
+        state = {"model": model.state_dict(), "ema": ema.model.state_dict()}
+        state |= {"optimizer": optimizer.state_dict(), "step": self.step, "config": self.config}
+        state |= {"skipped": self.skipped, "seconds": seconds}
         home = self.dir / "checkpoints"
         write_atomically(home / f"step_{self.step:08d}.pt", lambda f: torch.save(state, f))
         for old in sorted(home.glob("step_*.pt"))[: -self.cfg.keep]:
             old.unlink()
 
-    def pictures(self, name, images, history):
-        """samples/NAME.png and NAME.gif, see save_pictures."""
+    def pictures(self, name, images, history=()):
+        """samples/NAME.png and, of a history, NAME.gif, see save_pictures."""
         if self.rank == 0:
             with harmless("the pictures"):
                 save_pictures(self.dir / "samples" / name, images, history)
 
-    def close(self, clock):
-        """Prints where the time went and where to look."""
-        if self.rank == 0:
-            self.bar.close()
-            say("time    " + ", ".join(f"{k} {v:.1f} s" for k, v in clock.seconds.items()))
-            say(f"look at {self.dir}/samples and {self.dir}/metrics/curves.png")
+    def close(self, clock, model, dtype, finished=True):
+        """Prints how fast it was, where the time went and where to look. Ends the processes' group.
+
+        Where a signal and not the end of the run is the reason, exits with status PREEMPTED.
+        """
+        if dist.is_initialized():  # a launcher ends all when one has left: not before the checkpoint is there
+            dist.barrier()
+            dist.destroy_process_group()
+        if not finished:
+            say(f"stopped by a signal after step {self.step}; go on with --resume {self.dir}")
+            sys.exit(PREEMPTED)
+        if self.rank:
+            return
+        self.bar.close()
+        if self.step > self.first:
+            images = (self.step - self.first) * self.cfg.bs / int(os.environ.get("WORLD_SIZE", 1))
+            rate = images / (clock.seconds["train"] - self.seconds_before)
+            per_image, peak = training_flops(model, self.cfg.shape), matmul_rate(clock.device, dtype)
+            tflops, peak = per_image * rate / 1e12, peak / 1e12
+            facts = {"step": self.step, "images_per_s": rate, "tflops": tflops}
+            self._append("speed.jsonl", [facts | {"tflops_of_a_product": peak, "mfu": tflops / peak}])
+            text = f"speed   {rate:.1f} images/s a process, {tflops:.3g} TFLOP/s, {tflops / peak:.0%} of the "
+            say(text + f"{peak:.3g} of a large product in {str(dtype)[6:]}")
+        say("time    " + ", ".join(f"{k} {v:.1f} s" for k, v in clock.seconds.items()))
+        say(f"look at {self.dir}/samples and {self.dir}/metrics/curves.png")
+
+
+def training_flops(model, shape):
+    """FLOP of a training step of one image of this shape: three forward passes, counted on no data."""
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
+        deepcopy(model).to("meta")(torch.empty(1, *shape), torch.empty(1), torch.empty(1, dtype=torch.long))
+    return 3 * counter.get_total_flops()
+
+
+def matmul_rate(device, dtype):
+    """FLOP/s of the product of two large square matrices, the best of a few: what this device can reach."""
+    # Without hardware for it, bfloat16 is a hundred times slower at any size: a small product tells as much.
+    emulated = dtype == torch.bfloat16 and not device_facts(device)[1]
+    n, best = 8192 if device.type == "cuda" else 256 if emulated else 2048, math.inf
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    for _ in range(10):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
 
 
 @contextlib.contextmanager
@@ -707,8 +845,8 @@ def harmless(what):
         say(f"warning: {what} could not be written ({e.strerror})")
 
 
-def save_pictures(path, images, history, columns=10):
-    """PATH.png: images [N, C, H, W] in [-1, 1] as a grid. PATH.gif: a list of such, 50 of each."""
+def save_pictures(path, images, history=(), columns=10):
+    """PATH.png: images [N, C, H, W] in [-1, 1] as a grid. PATH.gif: a list of such, if any, 50 of each."""
     from torchvision.utils import make_grid
 
     def picture(x):
@@ -718,9 +856,10 @@ def save_pictures(path, images, history, columns=10):
         return frame.resize((frame.width * zoom, frame.height * zoom), Image.Resampling.NEAREST)
 
     picture(images).save(f"{path}.png")
-    colours = (
-        16 if images.shape[1] == 1 else 128
-    )  # noise compresses badly: fewer colours, a third of the bytes
+    if not len(history):
+        return
+    # Noise compresses badly: with fewer colours it takes a third of the bytes.
+    colours = 16 if images.shape[1] == 1 else 128
     first, *others = [picture(x[:50]).quantize(colours, dither=Image.Dither.NONE) for x in history]
     durations = [4000 // len(history)] * len(others) + [2000]  # rests on the last
     first.save(f"{path}.gif", save_all=True, append_images=others, duration=durations, loop=0)
