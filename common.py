@@ -202,7 +202,7 @@ def pick_device(name):
 
 def keep_memory():
     """Where C's library is glibc, has it keep what is freed: a step needs as much as the last, and the kernel
-    would clear each page of it anew (8% of a step of DiT-S/2 with 32 images on two cores)."""
+    would clear each page of it anew (8% of a step of a DiT of dim 384, depth 3, on two cores)."""
     with contextlib.suppress(AttributeError, OSError):  # another library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap like the rest

@@ -522,7 +522,7 @@ class Block(nn.Module):
         h = attention(q, k, v).transpose(1, 2).flatten(2)
         x = torch.addcmul(x, gate1, self.out(h))
         h = self.mlp1(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
-        h = F.relu(h).square()  # So et al. 2021, arXiv:2109.08668: learns faster than GELU, and is faster
+        h = F.relu(h).square()  # So et al. 2021, arXiv:2109.08668: learns faster than GELU
         return torch.addcmul(x, gate2, self.mlp2(h))
 
 

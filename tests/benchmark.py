@@ -12,7 +12,7 @@ brackets, their range. Three peers:
 
 FLOP are those of the model's products, three forward passes a step; "of-peak" is their share of the matmul
 rate in the same precision (which convolutions may pass, as there are ways with fewer). Memory is the peak
-during a step over what was held before it.
+during a step over what was held before it. On a CPU freed memory is kept (common.keep_memory) for all.
 
     python tests/benchmark.py                     DiT-S/2 on 32x32x3 at 32 images, UNet on 28x28 at 48
     python tests/benchmark.py --only dit --dim 768 --heads 12 --bs 128

@@ -426,6 +426,15 @@ def test_on_the_straight_path_it_is_euler_of_diffusers():
     torch.testing.assert_close(ld.sample(model, x, y, cfg)[0], want, rtol=1e-4, atol=1e-4)
 
 
+def test_queries_and_keys_are_turned_alike():
+    """All tokens turned by one angle attend as if none were turned: what counts is their difference."""
+    model, x, c = random_model(SMALL), torch.randn(2, 16, 32), torch.randn(2, 6 * 32)
+    block, angle = model.blocks[0], torch.full_like(model.cos, 0.7)
+    unturned = block(x, c, angle * 0 + 1, angle * 0)
+    torch.testing.assert_close(block(x, c, angle.cos(), angle.sin()), unturned)
+    assert not torch.allclose(block(x, c, model.cos, model.sin), unturned)
+
+
 def test_what_the_scripts_share_is_said_alike():
     """The optimizer and the parts of the model are those of the second script, whose tests hold for them."""
     sources = [Path(m.__file__).read_text() for m in (ld, __import__("rf_dit_cifar"))]

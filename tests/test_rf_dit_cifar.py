@@ -109,6 +109,15 @@ def test_rotary_products_depend_on_the_offset_alone():
     assert abs(products[0, 0, 1, 0] - products[0, 0, 0, 1]) > 1e-3  # rows and columns differ
 
 
+def test_queries_and_keys_are_turned_alike():
+    """All tokens turned by one angle attend as if none were turned: what counts is their difference."""
+    model, x, c = random_model(SMALL), torch.randn(2, 16, 32), torch.randn(2, 6 * 32)
+    block, angle = model.blocks[0], torch.full_like(model.cos, 0.7)
+    unturned = block(x, c, angle * 0 + 1, angle * 0)
+    torch.testing.assert_close(block(x, c, angle.cos(), angle.sin()), unturned)
+    assert not torch.allclose(block(x, c, model.cos, model.sin), unturned)
+
+
 def test_attention_of_the_cpu_in_bfloat16_is_attention():
     q, k, v = (torch.randn(2, 3, 20, 8, dtype=torch.bfloat16) for _ in range(3))
     want = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
