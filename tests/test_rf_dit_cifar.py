@@ -118,6 +118,17 @@ def test_queries_and_keys_are_turned_alike():
     assert not torch.allclose(block(x, c, model.cos, model.sin), unturned)
 
 
+def test_the_size_of_queries_and_keys_does_not_matter():
+    """QK-norm: however large they grow, the logits stay bounded."""
+    model, x, c = random_model(SMALL), torch.randn(2, 16, 32), torch.randn(2, 6 * 32)
+    block = model.blocks[0]
+    before = block(x, c, model.cos, model.sin)
+    with torch.no_grad():
+        for p in block.qkv.parameters():
+            p[: 2 * 32] *= 10
+    torch.testing.assert_close(block(x, c, model.cos, model.sin), before, rtol=1e-3, atol=1e-3)
+
+
 def test_attention_of_the_cpu_in_bfloat16_is_attention():
     q, k, v = (torch.randn(2, 3, 20, 8, dtype=torch.bfloat16) for _ in range(3))
     want = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
