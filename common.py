@@ -219,6 +219,13 @@ def device_facts(device):
     return name, bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", info))
 
 
+def send(x, device):
+    """x on device; to a GPU from pinned memory, as a copy from other memory waits for all of its work."""
+    if device.type != "cuda":
+        return x.to(device)
+    return (x if x.is_cuda else x.pin_memory()).to(device, non_blocking=True)
+
+
 # ------------------------------------------------------------------------------------------------
 # Datasets: one uint8 tensor, labels, class names
 
@@ -303,9 +310,8 @@ def _torchvision(name, root, split):
             data = kind(root, train=split == "train")
         except RuntimeError:  # torchvision's way of saying "not found or corrupted"
             root.mkdir(parents=True, exist_ok=True)
-            with open(root / f".{name}.lock", "w") as lock:  # of several processes one downloads
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+            with open(root / f".{name}.lock", "w") as file:  # of several processes one downloads
+                lock(file, wait=True)
                 data = kind(root, train=split == "train", download=True)
     except (OSError, RuntimeError, ValueError, EOFError) as e:
         text = f"{name} is not in {root.resolve()} and cannot be downloaded ({why(e)}); "
@@ -443,12 +449,12 @@ class Order:
     """
 
     def __init__(self, n, bs, seed, device="cpu"):
-        self.n, self.bs, self.seed, self.device = n, bs, seed, device
+        self.n, self.bs, self.seed, self.device = n, bs, seed, torch.device(device)
         self.epoch = functools.lru_cache(2)(self._epoch)
 
     def _epoch(self, epoch):
         generator = torch.Generator().manual_seed(seed_of(self.seed, "data", epoch))
-        return torch.randperm(self.n, generator=generator).to(self.device)
+        return send(torch.randperm(self.n, generator=generator), self.device)
 
     def __call__(self, step):
         i, end, parts = step * self.bs, (step + 1) * self.bs, []
@@ -479,9 +485,7 @@ class Batches:
         rows = self.order(step)[self.mine]
         x = self.images[rows].float() / 127.5 - 1
         if self.flip:
-            mirror = self.order.mirrored(step)[self.mine]
-            mirror = mirror.pin_memory() if x.is_cuda else mirror  # else the copy waits for the device
-            mirror = mirror.to(x.device, non_blocking=x.is_cuda)
+            mirror = send(self.order.mirrored(step)[self.mine], x.device)
             x = torch.where(mirror.view(-1, 1, 1, 1), x.flip(-1), x)
         return x, self.labels[rows]
 
@@ -537,6 +541,20 @@ def find_run(path):
     return run
 
 
+def lock(file, wait=False):
+    """Locks an open file, which the system undoes however the process ends. False: another process has it.
+
+    On a file system without locks everyone gets it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 def write_atomically(path, write):
     """write(file) into a temporary file beside path, then rename: path is whole or as it was before."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -579,6 +597,15 @@ def newest_checkpoint(path):
                 raise
             say(f"warning: {str(e).split(';')[0]}; using {found[i + 1]}")
     return None
+
+
+def commit():
+    """Of this repository, with "-dirty" where files differ from it; "" where there is none, or no git."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 class Tee:
@@ -644,11 +671,7 @@ class Run:
             return
         self.dir = find_run(cfg.resume) if cfg.resume else self._make(method, backbone)
         files = [open(self.dir / name, "a") for name in ("run.out", "run.err")]
-        try:
-            fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it however the run ends
-        except OSError:
-            text = f"{self.dir} is in use by another process"
-            raise UserError(f"{text}; wait for it, or start a new run") from None
+        need(lock(files[0]), f"{self.dir} is in use by another process; wait for it, or start a new run")
         if cfg.resume:
             self._rewind()
         else:
@@ -697,11 +720,10 @@ class Run:
         """Writes run.yaml (at the start of a run) and prints its summary."""
         if self.rank:
             return
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
         count, shape = sum(p.numel() for p in model.parameters()), "x".join(map(str, data.images.shape[1:]))
         facts = {
             "command": " ".join(sys.argv),
-            "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+            "commit": commit(),
             "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
             "device": device_facts(device)[0],
             "dataset": f"{data.name}, {len(data.labels)} images {shape}, blake2b {data.digest()}",
@@ -710,9 +732,13 @@ class Run:
             "config": {k: list(v) if isinstance(v, tuple) else v for k, v in self.config.items()},
         }
         if (self.dir / "run.yaml").exists():
-            was = (yaml.safe_load((self.dir / "run.yaml").read_text()) or {}).get("processes")
-            if "processes" in more and was not in (None, more["processes"]):
-                say(f"note    {was} processes before, now {more['processes']}: not bit for bit the same run")
+            was = facts | (yaml.safe_load((self.dir / "run.yaml").read_text()) or {})
+            if (before := was.get("processes")) != (now := facts.get("processes")):
+                say(f"note    {before} processes before, now {now}: not bit for bit the same run")
+            if was["dataset"] != facts["dataset"]:
+                text = f"the dataset is not the run's: {facts['dataset']} now, {was['dataset']} before"
+                need(isinstance(data.images, Stream), f"{text}; restore it, or start a new run")
+                say(f"note    {text}")  # by the files' dates, too, which copying may change
         else:
             text = yaml.safe_dump(facts, sort_keys=False)
             write_atomically(self.dir / "run.yaml", lambda f: f.write(text.encode()))

@@ -13,7 +13,6 @@ executed: a run from someone else runs that someone's code.
     python ddim_sample.py RUN --compare                        the same noise, every solver, 5 to 100 steps
 """
 
-import fcntl
 import importlib.util
 import json
 import math
@@ -399,10 +398,8 @@ def sample(job):
     shown = min(flags.num, 100) if flags.npz or flags.png else flags.num  # in the pictures
 
     with open(part, "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{part} is in use by another process; wait for it, or give --out") from None
+        if not common.lock(file):
+            raise UserError(f"{part} is in use by another process; wait for it, or give --out")
         file.seek(0)
         if (first := file.readline()).endswith(b"\n") and first != header:
             raise UserError(f"{part} is of a job with other settings; delete it, or give another --out")

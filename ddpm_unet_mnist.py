@@ -408,6 +408,7 @@ def train(cfg):
         ema.model.load_state_dict(run.state["ema"])
         optimizer.load_state_dict(run.state["optimizer"])
         clock.seconds["train"] = run.state["seconds"]
+        run.state = None  # its memory
     facts = {"dtype": str(dtype).removeprefix("torch."), "compile": use_compile, "processes": world}
     run.describe(device, data, model, **facts)
     batches = common.Batches(data, cfg.bs, cfg.seed, device, rank, world)
@@ -440,7 +441,7 @@ def train(cfg):
         except Exception as e:
             if cfg.compile == "on":
                 raise
-            common.say(f"compile not possible here ({common.why(e)}); going on without")
+            print(f"compile not possible here ({common.why(e)}); going on without", flush=True)
             net = model
         model.zero_grad()
     net = nn.parallel.DistributedDataParallel(net) if world > 1 else net

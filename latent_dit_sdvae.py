@@ -16,7 +16,6 @@ On two CPU cores the README's line goes from nothing to MNIST's digits in ten mi
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -146,7 +145,7 @@ def compiled(net, trial, cfg, device):
     except Exception as e:
         if cfg.compile == "on":
             raise
-        common.say(f"compile not possible here ({common.why(e)}); going on without")
+        print(f"compile not possible here ({common.why(e)}); going on without", flush=True)
         return net
 
 
@@ -162,8 +161,8 @@ def load_vae(path, device):
 
     diffusers.utils.logging.set_verbosity_error()  # our error is one line
     huggingface_hub.utils.logging.set_verbosity_error()
-    beside = Path(__file__).parent / "vae"  # a run's code/ holds a VAE of its own, wherever it is moved to
-    path = beside if beside.exists() else path
+    own = Path(__file__).parent / "vae"  # in a run's code/, wherever it is moved to
+    path = own if (own.parents[1] / "run.yaml").exists() and own.exists() else path
     try:
         name = diffusers.AutoencoderKL.load_config(path)["_class_name"]
         if name not in ("AutoencoderKL", "AutoencoderTiny"):
@@ -346,11 +345,9 @@ def alone(path, rank, world):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f"{path.name}.lock"), "a") as file:
         if rank == 0:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not common.lock(file):
                 common.say(f"waiting for another process that works on {path}")
-                fcntl.flock(file, fcntl.LOCK_EX)
+                common.lock(file, wait=True)
         together(world)
         yield
         together(world)
@@ -443,13 +440,8 @@ class Latents:
     def __call__(self, step):
         rows, view = self.rows[self.order(step)[self.mine]], self.order.mirrored(step)[self.mine].long()
         view, where = view % self.stored.shape[1], self.stored.device
-        posterior = self.to_device(self.stored[rows.to(where), view.to(where)])
-        return *posterior.float().unbind(1), self.to_device(self.labels[rows])
-
-    def to_device(self, v):
-        if self.device.type == "cuda" and not v.is_cuda:
-            v = v.pin_memory()  # else the copy would wait for the device
-        return v.to(self.device, non_blocking=True)
+        posterior = common.send(self.stored[common.send(rows, where), common.send(view, where)], self.device)
+        return *posterior.float().unbind(1), common.send(self.labels[rows], self.device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -522,8 +514,8 @@ class Block(nn.Module):
         h = attention(q, k, v).transpose(1, 2).flatten(2)
         x = torch.addcmul(x, gate1, self.out(h))
         h = self.mlp1(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
-        h = F.relu(h).square()  # So et al. 2021, arXiv:2109.08668: learns faster than GELU
-        return torch.addcmul(x, gate2, self.mlp2(h))
+        h = F.relu(h)  # and its square (So et al. 2021, arXiv:2109.08668): learns faster than GELU
+        return torch.addcmul(x, gate2, self.mlp2(h * h))
 
 
 class DiT(nn.Module):
@@ -680,7 +672,7 @@ def orthogonal(g):
     """[n, rows, columns] -> about U V^T of each matrix U S V^T, by three steps of Newton-Schulz's kind.
 
     Each applies a polynomial of degree 5 to the singular values, the best one for where the last has left
-    them (Amsel et al. 2025, arXiv:2505.16932): those of 0.01 to 1 end between 0.73 and 1.27.
+    them (Amsel et al. 2025, arXiv:2505.16932): those of 0.01 to 1 end between 0.71 and 1.27.
     """
     x = g if g.shape[1] <= g.shape[2] else g.mT
     x = x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # below 1, after rounding too
@@ -800,9 +792,10 @@ def train(cfg):
         ema.model.load_state_dict(run.state["ema"])
         optimizer.load_state_dict(run.state["optimizer"])
         clock.seconds["train"] = run.state["seconds"]
+        run.state = None  # its memory
     facts = {"dtype": str(dtype).removeprefix("torch."), "processes": world}
     run.describe(device, data, model, **facts, latents="x".join(map(str, cfg.shape)))
-    if rank == 0 and not run.state:
+    if rank == 0 and run.first == 0:
         if cfg.vae == "train":
             shutil.copytree(cfg.vae_path, run.dir / "code" / "vae", dirs_exist_ok=True)
         reconstruct(run, data, vae, cfg, device)

@@ -194,8 +194,8 @@ class Block(nn.Module):
         h = attention(q.to(v.dtype), k.to(v.dtype), v).transpose(1, 2).flatten(2)
         x = torch.addcmul(x, gate1, self.out(h))
         h = self.mlp1(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
-        h = F.relu(h).square()  # So et al. 2021, arXiv:2109.08668: learns faster than GELU
-        return torch.addcmul(x, gate2, self.mlp2(self.dropout(h)))
+        h = F.relu(h)  # and its square (So et al. 2021, arXiv:2109.08668): learns faster than GELU
+        return torch.addcmul(x, gate2, self.mlp2(self.dropout(h * h)))
 
 
 class DiT(nn.Module):
@@ -347,7 +347,7 @@ def orthogonal(g):
     """[n, rows, columns] -> about U V^T of each matrix U S V^T, by three steps of Newton-Schulz's kind.
 
     Each applies a polynomial of degree 5 to the singular values, the best one for where the last has left
-    them (Amsel et al. 2025, arXiv:2505.16932): those of 0.01 to 1 end between 0.73 and 1.27.
+    them (Amsel et al. 2025, arXiv:2505.16932): those of 0.01 to 1 end between 0.71 and 1.27.
     """
     x = g if g.shape[1] <= g.shape[2] else g.mT
     x = x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # below 1, after rounding too
@@ -461,6 +461,7 @@ def train(cfg):
         ema.model.load_state_dict(run.state["ema"])
         optimizer.load_state_dict(run.state["optimizer"])
         clock.seconds["train"] = run.state["seconds"]
+        run.state = None  # its memory
     facts = {"dtype": str(dtype).removeprefix("torch."), "compile": use_compile, "processes": world}
     run.describe(device, data, model, **facts)
     batches = common.Batches(data, cfg.bs, cfg.seed, device, rank, world)
@@ -492,7 +493,7 @@ def train(cfg):
         except Exception as e:
             if cfg.compile == "on":
                 raise
-            common.say(f"compile not possible here ({common.why(e)}); going on without")
+            print(f"compile not possible here ({common.why(e)}); going on without", flush=True)
             net = model
         model.zero_grad()
     net = nn.parallel.DistributedDataParallel(net) if world > 1 else net

@@ -1,5 +1,6 @@
 """Datasets, batches, time embedding, EMA, flags and the atomic write of common.py."""
 
+import errno
 import functools
 import io
 import platform
@@ -376,6 +377,25 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
     with pytest.raises(OSError):
         common.write_atomically(path, half)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_one_process_has_a_lock_and_where_there_are_none_all_have(tmp_path, monkeypatch):
+    with open(tmp_path / "f", "a") as a, open(tmp_path / "f", "a") as b:
+        assert common.lock(a) and not common.lock(b)
+        a.close()
+        assert common.lock(b, wait=True)
+
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with open(tmp_path / "f", "a") as a, open(tmp_path / "f", "a") as b:
+        assert common.lock(a) and common.lock(b)
+
+
+def test_a_machine_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert common.commit() == ""
 
 
 def test_errors_are_one_line_and_bugs_keep_their_traceback(capsys):

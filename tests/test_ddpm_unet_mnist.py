@@ -1,6 +1,7 @@
 """The first script: its model, method and sampler against oracles, and its runs as a user makes them."""
 
 import fcntl
+import functools
 import json
 import os
 import pickle
@@ -591,6 +592,22 @@ def test_edited_run_yaml_is_noticed(whole, tmp_path, monkeypatch, capsys):
         train(tmp_path, monkeypatch, "--resume", run)
     assert e.value.code == 2 and "lr is 0.003 now but 0.002 in the checkpoint" in capsys.readouterr().err
     assert len(lines(run)) == 60
+
+
+def test_another_dataset_is_noticed_on_resume(tmp_path, monkeypatch, capsys):
+    """One image more, and every shuffle is another."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(9):
+        Image.new("L", (16, 16), 20 * i).save(images / f"{i}.png")
+    go_on = functools.partial(train, tmp_path, monkeypatch, "--dataset", images, "--eval-every", 0)
+    run = go_on("--steps", 3)
+    (images / "8.png").rename(tmp_path / "8.png")
+    with pytest.raises(SystemExit) as e:
+        go_on("--resume", run, "--steps", 5)
+    assert e.value.code == 2 and "the dataset is not the run's: images, 8 images" in capsys.readouterr().err
+    (tmp_path / "8.png").rename(images / "8.png")
+    assert len(lines(go_on("--resume", run, "--steps", 5))) == 5
 
 
 def test_two_runs_at_once(script, tmp_path):

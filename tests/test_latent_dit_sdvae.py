@@ -99,6 +99,12 @@ def test_scale_and_shift(vae_folder, tmp_path):
     assert not any(p.requires_grad for p in vae.parameters())
 
 
+def test_a_folder_that_is_called_vae_is_not_a_runs(vae_folder, tmp_path, monkeypatch):
+    (tmp_path / "vae").mkdir()
+    monkeypatch.setattr(ld, "__file__", str(tmp_path / "latent_dit_sdvae.py"))
+    assert ld.load_vae.__wrapped__(vae_folder, CPU).config.in_channels == 1
+
+
 def test_a_tiny_autoencoder(tmp_path):
     AutoencoderTiny(
         encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),

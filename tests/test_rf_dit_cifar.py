@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
 import rf_dit_cifar as rf
@@ -78,6 +79,19 @@ def test_shapes_start_and_gradients(more):
     model.train()
     model(x, t, y).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_activations_on_a_gpu_stay_in_bfloat16():
+    """Autocast there, not on a CPU, computes powers in float32, of the widest activations there are."""
+    with FakeTensorMode(), torch.device("cuda"):
+        model, seen = random_model(SMALL), []
+        model.blocks[0].mlp2.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        torch.set_autocast_enabled("cuda", True)  # torch.autocast asks for a GPU
+        try:
+            model(torch.randn(2, 1, 16, 16), torch.rand(2), torch.zeros(2, dtype=torch.long))
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert seen[0].dtype == torch.get_autocast_dtype("cuda") != torch.float32
 
 
 def test_positions_matter():
