@@ -141,8 +141,7 @@ def parse(Config, doc, argv=None):
 
     given = read(argv)
     modes = [m for m in sorted(INVOCATION) if given.get(m)]
-    if len(modes) > 1:
-        raise UserError(f"--{modes[0]} and --{modes[1]} contradict each other; give one of them")
+    need(len(modes) < 2, f"--{' and --'.join(modes)} contradict each other; give one of them")
     if not modes:
         return Config(**given)
     mode = modes[0]
@@ -193,9 +192,8 @@ def pick_device(name):
     if name != "cuda":
         return torch.device(name)
     rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if rank >= count:
-        text = f"there are {count} GPUs here, but a process {rank + 1}"
-        raise UserError(f"{text}; give torchrun --nproc-per-node={count}, or --device cpu")
+    text = f"there are {count} GPUs here, but a process {rank + 1}; give torchrun --nproc-per-node={count}"
+    need(rank < count, f"{text}, or --device cpu")
     torch.cuda.set_device(rank)  # else nccl's barriers, and some memory of each process, go to the first
     return torch.device(name, rank)
 
@@ -217,6 +215,25 @@ def device_facts(device):
     model = re.search(r"model name\s*:\s*(.+)", info)
     name = f"{model[1] if model else device.type}, {torch.get_num_threads()} threads"
     return name, bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", info))
+
+
+def compiled(net, trial, cfg, device):
+    """torch.compile(net), or net itself where that is not worth while or trial(compiled net) fails.
+
+    trial is a pass whose gradients are dropped. A short run does not earn back the minute that this can take.
+    """
+    long = cfg.steps >= 500 and not 0 < cfg.minutes < 1
+    if cfg.compile == "off" or (cfg.compile == "auto" and (not long or device.type == "mps")):
+        return net
+    try:
+        fast = torch.compile(net)
+        trial(fast)
+        return fast
+    except Exception as e:
+        if cfg.compile == "on":
+            raise
+        print(f"compile not possible here ({why(e)}); going on without", flush=True)
+        return net
 
 
 def send(x, device):
@@ -252,14 +269,14 @@ class Stream:
     rows is a list or tensor of integers. What is unreadable comes out black, and `bad` says why: {row: text}.
     """
 
-    def __init__(self, shape, read, identity):
-        self.shape, self.read, self.identity, self.bad = shape, read, identity, {}
+    def __init__(self, shape, read, identity, bad):
+        self.shape, self.read, self.identity, self.bad = shape, read, identity, bad
 
     def __len__(self):
         return self.shape[0]
 
     def __getitem__(self, rows):
-        return self.read([int(i) for i in rows])
+        return self.read(torch.as_tensor(rows).tolist())
 
 
 def load_dataset(name, data_root="", split="train", image_size=0, channels=0, most=math.inf):
@@ -294,8 +311,8 @@ def load_dataset(name, data_root="", split="train", image_size=0, channels=0, mo
 
     x, shape = data.images, (channels or data.images.shape[1], *[image_size or data.images.shape[-1]] * 2)
     if isinstance(x, Stream) or len(x) * math.prod(shape) > most:
-        data.images = Stream((len(x), *shape), lambda rows: fit(x[rows]), data.digest().encode())
-        data.images.bad = getattr(x, "bad", {})
+        bad, identity = getattr(x, "bad", {}), data.digest().encode()
+        data.images = Stream((len(x), *shape), lambda rows: fit(x[rows]), identity, bad)
     else:
         data.images = fit(x)
     return data
@@ -358,19 +375,18 @@ def _files(root, split, size, most):
     root = twin if has_twin and split == "test" else root
     try:
         if root.is_dir():
-            names = [str(f.relative_to(root)) for f in root.rglob("*")]
-            read = lambda n: (root / n).read_bytes()  # noqa: E731
-            identity = lambda n: [n, os.stat(root / n).st_size, os.stat(root / n).st_mtime_ns]  # noqa: E731
+            files = {str(f.relative_to(root)): f for f in root.rglob("*")}
+            read, identity = Path.read_bytes, lambda f: [f.stat().st_size, f.stat().st_mtime_ns]
         else:  # read member by member and never extracted: no name can lead outside
             archive = zipfile.ZipFile(root)
-            infos = {i.filename: i for i in archive.infolist()}
-            names, read = list(infos), lambda n: archive.read(n) if infos[n].file_size < 1 << 28 else b""
-            identity = lambda n: [n, infos[n].CRC]  # noqa: E731
+            files = {i.filename: i for i in archive.infolist()}
+            read = lambda i: archive.read(i) if i.file_size < 1 << 28 else b""  # noqa: E731
+            identity = lambda i: [i.CRC]  # noqa: E731
     except (OSError, zipfile.BadZipFile) as e:
         text = f"{root} is no readable folder or .zip ({why(e)}); give one that holds images"
         raise UserError(text) from None
     kinds, hidden = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"), r"(^|/)(\.[^./]|__MACOSX)"
-    names = sorted(n for n in names if n.lower().endswith(kinds) and not re.search(hidden, n))
+    names = sorted(n for n in files if n.lower().endswith(kinds) and not re.search(hidden, n))
     need(names, f"there is no image ({' '.join(kinds)}) in {root}; give a folder or .zip that holds some")
     classes = {c: i for i, c in enumerate(sorted({Path(n).parent.name for n in names}))}
     tops = {Path(n).parts[0] for n in names}
@@ -382,42 +398,37 @@ def _files(root, split, size, most):
 
     def load(name, size):  # -> (uint8 [size, size, 3], gray?), or what is wrong
         try:
-            return decode_image(read(name), size)
+            return decode_image(read(files[name]), size)
         except Exception as e:  # damaged files raise nearly anything; each is counted and named
             return f"{name} ({why(e)})"
 
     found = (load(n, 0) for n in names) if size == 0 else ()
     size = size or next((len(x[0]) for x in found if isinstance(x, tuple)), 1)
-    shape, labels = (len(names), 3, size, size), [classes[Path(n).parent.name] for n in names]
-    if math.prod(shape) > most:
-        pool, black = ThreadPoolExecutor(os.cpu_count()), np.zeros((size, size, 3), np.uint8)
+    labels, bad, grays = torch.tensor([classes[Path(n).parent.name] for n in names]), {}, set()
+    pool = ThreadPoolExecutor(os.cpu_count())  # decoding leaves Python's lock
 
-        def read_rows(rows):
-            found = list(pool.map(lambda i: load(names[i], size), rows))
-            stream.bad |= {i: x for i, x in zip(rows, found, strict=True) if isinstance(x, str)}
-            found = np.stack([black if isinstance(x, str) else x[0] for x in found])
-            return torch.from_numpy(found).permute(0, 3, 1, 2)
-
-        stream = Stream(shape, read_rows, repr([size, [identity(n) for n in names]]).encode())
-        return Dataset(root.stem, stream, torch.tensor(labels), list(classes), flip=True)
-
-    images, grays, labels, bad = np.empty((len(names), size, size, 3), np.uint8), [], [], []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding leaves Python's lock
-        for name, x in zip(names, pool.map(functools.partial(load, size=size), names), strict=True):
-            if isinstance(x, str):
-                bad.append(x)
+    def read_rows(rows):
+        x = np.zeros((len(rows), size, size, 3), np.uint8)
+        for i, found in enumerate(pool.map(lambda row: load(names[row], size), rows)):
+            if isinstance(found, str):
+                bad[rows[i]] = found
             else:
-                images[len(labels)] = x[0]
-                grays.append(x[1])
-                labels.append(classes[Path(name).parent.name])
-    if len(bad) > 0.01 * len(names):
-        text = f"{len(bad)} of {len(names)} images in {root} are unreadable: {bad[0]}..."
-        raise UserError(f"{text}; remove them")
+                x[i] = found[0]
+                grays.add(found[1])
+        return torch.from_numpy(x).permute(0, 3, 1, 2)
+
+    if 3 * size**2 * len(names) > most:
+        key = repr([size, [[n, *identity(files[n])] for n in names]]).encode()
+        images = Stream((len(names), 3, size, size), read_rows, key, bad)
+        return Dataset(root.stem, images, labels, list(classes), flip=True)
+    images = read_rows(range(len(names)))
+    text = f"{len(bad)} of {len(names)} images in {root} are unreadable: {', '.join([*bad.values()][:5])}"
+    need(len(bad) <= 0.01 * len(names), f"{text}; remove them")
     if bad:
-        say(f"warning: left out {len(bad)} unreadable of {len(names)} images: {', '.join(bad[:5])}")
-    images = images[: len(labels), ..., : 1 if all(grays) else 3]
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return Dataset(root.stem, images, torch.tensor(labels), list(classes), flip=True)
+        say(f"warning: {text}; left out")
+    images = images[:, : 1 if grays == {True} else 3].contiguous()
+    fine = torch.tensor([i not in bad for i in range(len(names))])
+    return Dataset(root.stem, images[fine], labels[fine], list(classes), flip=True)
 
 
 def decode_image(data, size):
@@ -465,9 +476,9 @@ class Order:
         return torch.cat(parts)
 
     def mirrored(self, step):
-        """Which of them are to be flipped, bool [bs] on the CPU."""
-        generator = torch.Generator().manual_seed(seed_of(self.seed, "flip", step))
-        return torch.rand(self.bs, generator=generator) < 0.5
+        """Which of them are to be flipped, bool [bs]."""
+        generator = torch.Generator(self.device).manual_seed(seed_of(self.seed, "flip", step))
+        return torch.rand(self.bs, generator=generator, device=self.device) < 0.5
 
 
 class Batches:
@@ -477,16 +488,16 @@ class Batches:
     """
 
     def __init__(self, data, bs, seed, device, rank=0, world=1):
-        self.images, self.labels, self.flip = data.images.to(device), data.labels.to(device), data.flip
+        self.images = data.images.to(device) if torch.is_tensor(data.images) else data.images
+        self.labels, self.flip = data.labels.to(device), data.flip
         self.order = Order(len(self.images), bs, seed, device)
         self.mine = slice(rank * bs // world, (rank + 1) * bs // world)
 
     def __call__(self, step):
         rows = self.order(step)[self.mine]
-        x = self.images[rows].float() / 127.5 - 1
+        x = self.images[rows].to(rows.device).float() / 127.5 - 1
         if self.flip:
-            mirror = send(self.order.mirrored(step)[self.mine], x.device)
-            x = torch.where(mirror.view(-1, 1, 1, 1), x.flip(-1), x)
+            x = torch.where(self.order.mirrored(step)[self.mine].view(-1, 1, 1, 1), x.flip(-1), x)
         return x, self.labels[rows]
 
 
@@ -584,11 +595,12 @@ def load_checkpoint(path):
         raise UserError(f"{path} cannot be loaded ({why(e)}); give another checkpoint") from None
 
 
-def newest_checkpoint(path):
-    """The state in a file, or in the newest undamaged checkpoint of a run; None if it has none yet."""
+def newest_checkpoint(path, none_yet=False):
+    """The state in a file, or in the newest undamaged checkpoint of a run, which may have none_yet: None."""
     if str(path).endswith(".pt"):
         return load_checkpoint(path)
     found = sorted((find_run(path) / "checkpoints").glob("step_*.pt"), reverse=True)
+    need(found or none_yet, f"{path} has no checkpoint yet; wait for its first, or --resume it")
     for i, file in enumerate(found):
         try:
             return load_checkpoint(file)
@@ -658,7 +670,7 @@ class Run:
 
     def __init__(self, cfg, script, method, backbone, rank=0):
         self.cfg, self.rank, self.pending, self.stopping, self.dir = cfg, rank, [], False, None
-        self.state = newest_checkpoint(cfg.resume) if cfg.resume else None
+        self.state = newest_checkpoint(cfg.resume, none_yet=True) if cfg.resume else None
         old = self.state or {"step": 0, "skipped": 0, "seconds": 0.0}
         self.step, self.skipped, self.seconds = old["step"], old["skipped"], old["seconds"]
         self.first, self.seconds_before = self.step, self.seconds
@@ -801,11 +813,19 @@ class Run:
             with open(self.dir / "metrics" / name, "a") as f:
                 f.writelines(json.dumps(x) + "\n" for x in lines)
 
-    def validate(self, step, **values):
-        """Appends to val.jsonl (loss, and loss_t: by ten time bins) and redraws metrics/curves.png."""
-        self._append("val.jsonl", [{"step": step, **values}])
+    def validate(self, step, losses, t):
+        """Appends held-out losses [n] at times t [n] to val.jsonl, by tenths of time too; redraws curves.png.
+
+        Each process brings its share of the losses, and 0 for the rest.
+        """
+        if dist.is_initialized():
+            dist.all_reduce(losses)
+        losses, tenth = losses.cpu(), (10 * t).ceil()
+        bins, loss = [losses[tenth == i] for i in range(1, 11)], losses.mean().item()
+        by_time = [x.mean().item() if len(x) else None for x in bins]
+        self._append("val.jsonl", [{"step": step, "loss": loss, "loss_t": by_time}])
         if self.rank == 0:
-            say(f"step {step}  held-out loss {values['loss']:.4f}")
+            say(f"step {step}  held-out loss {loss:.4f}")
             with harmless("the curves"):
                 draw_curves(self.dir / "metrics")
 
@@ -820,6 +840,15 @@ class Run:
         write_atomically(home / f"step_{self.step:08d}.pt", lambda f: torch.save(state, f))
         for old in sorted(home.glob("step_*.pt"))[: -self.cfg.keep]:
             old.unlink()
+
+    def restore(self, model, ema, optimizer, clock):
+        """What save() wrote, if the run goes on from a checkpoint."""
+        if self.state:
+            model.load_state_dict(self.state["model"])
+            ema.model.load_state_dict(self.state["ema"])
+            optimizer.load_state_dict(self.state["optimizer"])
+            clock.seconds["train"] = self.state["seconds"]
+            self.state = None  # which memory need not hold on to
 
     def pictures(self, name, images, history=()):
         """samples/NAME.png and, of a history, NAME.gif, see save_pictures."""

@@ -236,8 +236,6 @@ def load_run(path, flags):
             there = ", ".join(str(int(f.stem[5:])) for f in sorted(path.parent.glob("step_*.pt"))) or "none"
             raise UserError(f"--step {flags.step} is not among the run's checkpoints; there are {there}")
     state = common.newest_checkpoint(path)
-    if state is None:
-        raise UserError(f"{run} has no checkpoint yet; wait for its first")
     script = load_script(run)
     try:
         config = yaml.safe_load((run / "run.yaml").read_text())["config"].items()
@@ -365,8 +363,7 @@ class Job:
     def draw(self, path, x, columns=10, **films):
         """PATH.png and, of each film, a list of x's, PATH_FILM.gif."""
         images = self.images(x)
-        common.save_pictures(path, images, [images], columns)
-        Path(f"{path}.gif").unlink()
+        common.save_pictures(path, images, columns=columns)
         for film, history in films.items():
             common.save_pictures(f"{path}_{film}", images, [self.images(h) for h in history], columns)
             Path(f"{path}_{film}.png").unlink()

@@ -11,7 +11,6 @@ classifier-free guidance (Ho & Salimans 2022), the cosine schedule (Nichol & Dha
     torchrun --standalone --nproc-per-node=2 ddpm_unet_mnist.py    same batch, 2 processes
 """
 
-import contextlib
 import functools
 import math
 import os
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import common
-from common import UserError, derived, need, seed_of
+from common import derived, need, seed_of
 
 # ------------------------------------------------------------------------------------------------
 # Flags: the only place a default lives; the comment is the help
@@ -352,27 +351,20 @@ def sample_classes(model, cfg, device):
 
 
 @torch.no_grad()
-def evaluate(model, data, cfg, device, rank, world, n=2048):
-    """Loss on n held-out images with noise and evenly spread times that are the same at every call."""
-    n = min(n, len(data.labels))
+def evaluate(model, data, cfg, device, rank, world):
+    """-> (losses, times [n]) of held-out images: noise and even times are the same at every call."""
+    n = min(2048, len(data.labels))
     generator = torch.Generator().manual_seed(seed_of("evaluate"))
     pick = torch.randperm(len(data.labels), generator=generator)[:n]
     t = (torch.arange(1, n + 1) * cfg.timesteps / n).ceil() / cfg.timesteps
     eps = torch.randn(n, *cfg.shape, generator=generator)
-    sums = torch.zeros(2, 10, device=device)  # of losses, and their number, by time
-    for rows in torch.arange(n)[rank::world].split(256):
-        if not len(rows):  # more processes than images
-            continue
+    losses = torch.zeros(n, device=device)  # those of the other processes stay 0
+    for i in range(rank, n, 256 * world):
+        rows = torch.arange(i, min(i + 256 * world, n), world)
         x0, y = data.images[pick[rows]].to(device).float() / 127.5 - 1, data.labels[pick[rows]].to(device)
         y = torch.full_like(y, cfg.num_classes) if cfg.class_dropout == 1 else y
-        loss = loss_per_sample(model, x0, y, t[rows].to(device), eps[rows].to(device), cfg)
-        k = (t[rows] * 10).ceil().long().sub(1).to(device)
-        sums.index_add_(1, k, torch.stack([loss, torch.ones_like(loss)]))
-    if world > 1:
-        dist.all_reduce(sums)
-    total, count = sums.tolist()
-    by_time = [a / b if b else None for a, b in zip(total, count, strict=True)]
-    return {"loss": sum(total) / sum(count), "loss_t": by_time}
+        losses[rows] = loss_per_sample(model, x0, y, t[rows].to(device), eps[rows].to(device), cfg)
+    return losses, t
 
 
 def train(cfg):
@@ -385,9 +377,6 @@ def train(cfg):
     cfg = replace(cfg, shape=tuple(data.images.shape[1:]), num_classes=len(data.classes))
     check(cfg)
 
-    # Compiling costs up to a minute, which a short run does not earn back; bfloat16 costs nothing.
-    long = cfg.steps >= 500 and not 0 < cfg.minutes < 1
-    use_compile = cfg.compile == "on" or (cfg.compile == "auto" and long and device.type != "mps")
     fast = common.device_facts(device)[1]
     dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if fast else "float32")
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
@@ -403,14 +392,8 @@ def train(cfg):
     assert owned == sorted(map(id, model.parameters())), "a parameter is in no optimizer group, or in two"
 
     run, clock = common.Run(cfg, __file__, "ddpm", cfg.backbone, rank), common.Clock(device)
-    if run.state:
-        model.load_state_dict(run.state["model"])
-        ema.model.load_state_dict(run.state["ema"])
-        optimizer.load_state_dict(run.state["optimizer"])
-        clock.seconds["train"] = run.state["seconds"]
-        run.state = None  # its memory
-    facts = {"dtype": str(dtype).removeprefix("torch."), "compile": use_compile, "processes": world}
-    run.describe(device, data, model, **facts)
+    run.restore(model, ema, optimizer, clock)
+    run.describe(device, data, model, dtype=str(dtype)[6:], processes=world)
     batches = common.Batches(data, cfg.bs, cfg.seed, device, rank, world)
 
     def micro_batches(step):
@@ -433,17 +416,9 @@ def train(cfg):
         loss.backward()
         return loss.detach()
 
-    net, step, first, seconds = model, run.step, run.step, clock.seconds["train"]
-    if use_compile:  # which happens in the first pass: try one, and drop its gradients
-        try:
-            net = torch.compile(model)
-            backward(net, *micro_batches(step)[0])
-        except Exception as e:
-            if cfg.compile == "on":
-                raise
-            print(f"compile not possible here ({common.why(e)}); going on without", flush=True)
-            net = model
-        model.zero_grad()
+    step, first, seconds = run.step, run.step, clock.seconds["train"]
+    net = common.compiled(model, lambda net: backward(net, *micro_batches(step)[0]), cfg, device)
+    model.zero_grad()
     net = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     clock.lap("compile")
 
@@ -460,9 +435,9 @@ def train(cfg):
             group["lr"] = lr
         loss = torch.zeros((), device=device)
         for i, part in enumerate(micro_batches(step)):
-            waits = world > 1 and i < cfg.grad_accum - 1  # processes exchange gradients once, in the last
-            with net.no_sync() if waits else contextlib.nullcontext():
-                loss += backward(net, *part)
+            if world > 1:  # processes exchange gradients once, in the last
+                net.require_backward_grad_sync = i == cfg.grad_accum - 1
+            loss += backward(net, *part)
         if step == first and (dead := [n for n, p in model.named_parameters() if p.grad is None]):
             raise RuntimeError(f"no gradient reaches {', '.join(dead[:3])}; is the module used in forward()?")
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
@@ -482,7 +457,7 @@ def train(cfg):
             run.flush(done())
         if due(cfg.eval_every):
             with clock.apart("evaluate"):
-                run.validate(step, **evaluate(ema.model, held_out, cfg, device, rank, world))
+                run.validate(step, *evaluate(ema.model, held_out, cfg, device, rank, world))
         if save:
             with clock.apart("save"):
                 run.save(model, ema, optimizer, seconds)
@@ -497,8 +472,6 @@ def sample_run(cfg):
     check(cfg)
     device, folder = common.pick_device(cfg.device), common.find_run(cfg.sample) / "samples"
     state = common.newest_checkpoint(cfg.sample)
-    if state is None:
-        raise UserError(f"{cfg.sample} has no checkpoint yet; wait for its first, or --resume it")
     model = build_model(cfg).to(device).eval()
     model.load_state_dict(state["ema"])
     name = f"step_{state['step']:08d}_steps{cfg.sampling_steps}_w{cfg.guidance:g}_seed{cfg.seed}"

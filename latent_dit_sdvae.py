@@ -22,7 +22,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 import warnings
 import zlib
@@ -130,25 +129,6 @@ def check(cfg):
     need(0 <= low <= high <= 1, "--guidance-interval takes two times in [0, 1]; give such as 0.1 0.8")
 
 
-def compiled(net, trial, cfg, device):
-    """torch.compile(net), or net itself where that is not worth while or trial(compiled net) fails.
-
-    trial is a pass whose gradients are dropped. A short run does not earn back the minute that this can take.
-    """
-    long = cfg.steps >= 500 and not 0 < cfg.minutes < 1
-    if cfg.compile == "off" or (cfg.compile == "auto" and (not long or device.type == "mps")):
-        return net
-    try:
-        fast = torch.compile(net)
-        trial(fast)
-        return fast
-    except Exception as e:
-        if cfg.compile == "on":
-            raise
-        print(f"compile not possible here ({common.why(e)}); going on without", flush=True)
-        return net
-
-
 # ------------------------------------------------------------------------------------------------
 # VAE: images [B, C, H, W] in [-1, 1] <-> latents [B, c, h, w] of about unit variance
 
@@ -194,8 +174,7 @@ def encode(vae, x):
 def decode(x, cfg):
     """Latents -> images in [-1, 1], few at a time: the VAE's layers are larger than all of the DiT's."""
     vae = load_vae(cfg.vae_path, x.device)
-    if hash_of(vae) != cfg.vae_hash:
-        raise UserError(f"the VAE {cfg.vae_path} is not the one of this run; restore that")
+    need(hash_of(vae) == cfg.vae_hash, f"the VAE {cfg.vae_path} is not the one of this run; restore that")
     scale, shift = scale_of(vae)
     parts = [vae.decode(z / scale + shift).sample for z in x.float().split(at_a_time(cfg))]
     return torch.cat(parts).clamp(-1, 1)
@@ -230,7 +209,7 @@ def train_vae(data, folder, cfg, device):
     torch.manual_seed(seed_of(cfg.seed, "vae"))
     vae = AutoencoderKL(C, C, down, up, widths, **more).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    order, fast = common.Order(len(data.labels), bs, cfg.seed), common.device_facts(device)[1]
+    batches, fast = common.Batches(data, bs, cfg.seed, device), common.device_facts(device)[1]
 
     def loss_of(x, noise):
         p = vae.encode(x).latent_dist
@@ -239,9 +218,7 @@ def train_vae(data, folder, cfg, device):
         return error + kl_weight * kl.mean()
 
     def backward(net, step):
-        x = data.images[order(step)].to(device).float() / 127.5 - 1
-        if data.flip:
-            x = torch.where(order.mirrored(step).to(device).view(-1, 1, 1, 1), x.flip(-1), x)
+        x, _ = batches(step)
         noise = torch.Generator(device).manual_seed(seed_of(cfg.seed, "vae noise", step))
         noise = torch.randn(bs, 4, *[side >> halvings(side)] * 2, generator=noise, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=fast):
@@ -250,15 +227,14 @@ def train_vae(data, folder, cfg, device):
         return loss
 
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # in diffusers
-    net = compiled(loss_of, lambda net: backward(net, 0), cfg, device)
-    for step in tqdm(range(cfg.vae_steps), "training the VAE", disable=not sys.stderr.isatty()):
+    net = common.compiled(loss_of, lambda net: backward(net, 0), cfg, device)
+    for step in tqdm(range(cfg.vae_steps), "training the VAE", disable=None):
         optimizer.zero_grad()
         loss = backward(net, step)
         optimizer.found_inf = (~nn.utils.clip_grad_norm_(vae.parameters(), 1.0).isfinite()).float()
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1 - step / cfg.vae_steps)
         optimizer.step()
-    if not loss.isfinite():
-        raise UserError("the VAE's training diverged; look at the dataset, or give --vae a trained one")
+    need(loss.isfinite(), "the VAE's training diverged; look at the dataset, or give --vae a trained one")
     vae.eval().requires_grad_(False)
     rows = torch.linspace(0, len(data.labels) - 1, 1000).long().split(50)
     means = [vae.encode(data.images[i].to(device).float() / 127.5 - 1).latent_dist.mean for i in rows]
@@ -290,12 +266,9 @@ def prepare(cfg, device, rank, world):
             raise UserError(f"--channels is {cfg.channels}, but the VAE takes {channels}; leave it out")
     load = functools.partial(common.load_dataset, cfg.dataset, cfg.data_root)
     data, held_out = (load(s, cfg.image_size, channels, most=MOST_IN_MEMORY) for s in ("train", "test"))
-    (C, side, _), c = data.images.shape[1:], 4
-    if train_it:
-        levels = halvings(side)
-    else:
-        probe = encode(vae, torch.zeros(1, C, 64, 64, device=device))[0]
-        c, levels = probe.shape[1], int(math.log2(64 // probe.shape[-1]))
+    C, side, _ = data.images.shape[1:]
+    levels = halvings(side) if train_it else len(vae.config.block_out_channels) - 1
+    c = 4 if train_it else vae.config.latent_channels
     if side % 2**levels:
         near = side // 2**levels * 2**levels
         fit = " or ".join(str(s) for s in (near, near + 2**levels) if s)
@@ -378,15 +351,14 @@ def encoded(data, vae, cfg, split, device, rank=0, world=1):
             file.truncate(2 * math.prod(shape))
         stored = np.memmap(folder / "latents.f16", np.float16, "c", shape=shape)
         sums = {line for f in folder.glob("sums.*.txt") for line in f.read_text().splitlines()}
-        started = {line.split(" ")[0] for line in sums}
+        begun = {line.split(" ")[0] for line in sums}
         together(world)  # all have read the sums before any writes one
-        todo, damaged = [], 0
-        for i in range(rank, math.ceil(len(stored) / CHUNK), world):
-            begun = str(i) in started
-            if not begun or f"{i} {zlib.crc32(stored[i * CHUNK : (i + 1) * CHUNK])}" not in sums:
-                todo.append(i)
-                damaged += begun
-        if damaged:
+
+        def whole(i):
+            return str(i) in begun and f"{i} {zlib.crc32(stored[i * CHUNK : (i + 1) * CHUNK])}" in sums
+
+        todo = [i for i in range(rank, math.ceil(len(stored) / CHUNK), world) if not whole(i)]
+        if damaged := sum(str(i) in begun for i in todo):
             common.say(f"warning: {damaged} chunks in {folder} are damaged; encoding them again")
 
         def read(i):
@@ -395,9 +367,8 @@ def encoded(data, vae, cfg, split, device, rank=0, world=1):
 
         start, pool = time.perf_counter(), ThreadPoolExecutor(1)  # reads a chunk ahead
         ahead = [pool.submit(read, i) for i in todo[:1]]
-        hide = rank or not sys.stderr.isatty()
         with open(folder / "latents.f16", "r+b") as file, open(folder / f"sums.{rank}.txt", "a") as done:
-            for j, i in enumerate(tqdm(todo, f"encoding {split}", disable=hide)):
+            for j, i in enumerate(tqdm(todo, f"encoding {split}", disable=rank > 0 or None)):
                 (rows, x), parts = ahead.pop().result(), []
                 ahead += [pool.submit(read, i) for i in todo[j + 1 : j + 2]]
                 for part in x.split(at_a_time(cfg)):
@@ -414,8 +385,7 @@ def encoded(data, vae, cfg, split, device, rank=0, world=1):
                 done.write(f"\n{i} {zlib.crc32(block)}\n")  # now it counts; the line before may be torn
                 done.flush()
     if todo:
-        seconds = time.perf_counter() - start
-        common.say(f"latents {split} encoded in {seconds:.1f} s, in {folder}")
+        common.say(f"latents {split} encoded in {time.perf_counter() - start:.1f} s, in {folder}")
     return np.memmap(folder / "latents.f16", np.float16, "c", shape=shape)
 
 
@@ -464,8 +434,7 @@ def rope_table(side, dim):
     (Su et al. 2021, arXiv:2104.09864, eq. 34): half of the pairs tell its row, half its column."""
     freqs = 100.0 ** -(torch.arange(dim // 4) / (dim // 4))  # radians a token, from 1 down to about 0.01
     angles = torch.arange(side)[:, None] * freqs
-    rows, columns = angles[:, None].expand(side, side, -1), angles[None].expand(side, side, -1)
-    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    angles = torch.cat([angles.repeat_interleave(side, 0), angles.repeat(side, 1)], dim=1)
     return angles.cos(), angles.sin()
 
 
@@ -575,15 +544,14 @@ def path(t, cfg):
 
 
 def coefficients(t, cfg):
-    """alpha, sigma, a, b at t [B], each [B, 1, 1, 1]; as alpha a + sigma b = 1, x0 = a x - sigma v and
+    """alpha, sigma, a, b at t [B], each [B, 1, 1, 1] or 1; as alpha a + sigma b = 1, x0 = a x - sigma v and
     eps = b x + alpha v.
 
     Rectified flow: v = eps - x0, the velocity dx/dt. DDPM: v = alpha eps - sigma x0 (Salimans & Ho 2022, sec.
     4), on the cosine path dx/dt over pi / 2.
     """
     alpha, sigma = (c.view(-1, 1, 1, 1) for c in path(t, cfg))
-    one = torch.ones_like(alpha)
-    return (alpha, sigma, one, one) if cfg.method == "rf" else (alpha, sigma, alpha, sigma)
+    return (alpha, sigma, 1, 1) if cfg.method == "rf" else (alpha, sigma, alpha, sigma)
 
 
 def draw_times(u, cfg):
@@ -659,11 +627,6 @@ def sample_classes(model, cfg, device):
     return sample(model, x, y, cfg)
 
 
-def colours(z):
-    """The first three components of latents as red, green and blue, three deviations either way."""
-    return z[:, : 3 if z.shape[1] > 2 else 1] / 3
-
-
 # ------------------------------------------------------------------------------------------------
 # Optimizer: Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices of blocks, else AdamW
 
@@ -733,25 +696,19 @@ def make_optimizer(model, cfg, dtype):
 
 @torch.no_grad()
 def evaluate(model, stored, labels, cfg, device, rank, world):
-    """Loss on the held-out latents with noise and evenly spread times that are the same at every call."""
+    """-> (losses, times [n]) of held-out latents: noise and even times are the same at every call."""
     n, generator = len(labels), torch.Generator().manual_seed(seed_of("evaluate"))
     t = (torch.randperm(n, generator=generator) + 0.5) / n
     eps, fresh = torch.randn(2, n, *cfg.shape, generator=generator)
-    sums = torch.zeros(2, 10, device=device)  # of losses, and their number, by time
-    for rows in torch.arange(n)[rank::world].split(256):
-        if not len(rows):  # more processes than images
-            continue
+    losses = torch.zeros(n, device=device)  # those of the other processes stay 0
+    for i in range(rank, n, 256 * world):
+        rows = torch.arange(i, min(i + 256 * world, n), world)
         mean, std = torch.from_numpy(stored[rows, 0]).float().unbind(1)
-        x0 = (mean + std * fresh[rows] * (cfg.latent_mode == "sample")).to(device)
+        x0 = mean + std * fresh[rows] * (cfg.latent_mode == "sample")
         y = torch.full_like(labels[rows], cfg.num_classes) if cfg.class_dropout == 1 else labels[rows]
-        loss = loss_per_sample(model, x0, y.to(device), t[rows].to(device), eps[rows].to(device), cfg)
-        k = (t[rows] * 10).long().to(device)
-        sums.index_add_(1, k, torch.stack([loss, torch.ones_like(loss)]))
-    if world > 1:
-        dist.all_reduce(sums)
-    total, count = sums.tolist()
-    by_time = [a / b if b else None for a, b in zip(total, count, strict=True)]
-    return {"loss": sum(total) / sum(count), "loss_t": by_time}
+        batch = (v.to(device) for v in (x0, y, t[rows], eps[rows]))
+        losses[rows] = loss_per_sample(model, *batch, cfg)
+    return losses, t
 
 
 def reconstruct(run, data, vae, cfg, device):
@@ -787,14 +744,9 @@ def train(cfg):
     assert owned == sorted(map(id, model.parameters())), "a parameter is in no optimizer group, or in two"
 
     run = common.Run(cfg, __file__, cfg.method, "latentdit", rank)
-    if run.state:
-        model.load_state_dict(run.state["model"])
-        ema.model.load_state_dict(run.state["ema"])
-        optimizer.load_state_dict(run.state["optimizer"])
-        clock.seconds["train"] = run.state["seconds"]
-        run.state = None  # its memory
-    facts = {"dtype": str(dtype).removeprefix("torch."), "processes": world}
-    run.describe(device, data, model, **facts, latents="x".join(map(str, cfg.shape)))
+    run.restore(model, ema, optimizer, clock)
+    shape = "x".join(map(str, cfg.shape))
+    run.describe(device, data, model, dtype=str(dtype)[6:], processes=world, latents=shape)
     if rank == 0 and run.first == 0:
         if cfg.vae == "train":
             shutil.copytree(cfg.vae_path, run.dir / "code" / "vae", dirs_exist_ok=True)
@@ -821,7 +773,7 @@ def train(cfg):
         return loss.detach()
 
     step, first, seconds = run.step, run.step, clock.seconds["train"]
-    net = compiled(model, lambda net: backward(net, *micro_batches(step)[0]), cfg, device)
+    net = common.compiled(model, lambda net: backward(net, *micro_batches(step)[0]), cfg, device)
     model.zero_grad()
     net = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     clock.lap("compile")
@@ -839,9 +791,9 @@ def train(cfg):
             group["lr"] = group["peak"] * pace
         loss = torch.zeros((), device=device)
         for i, part in enumerate(micro_batches(step)):
-            waits = world > 1 and i < cfg.grad_accum - 1  # processes exchange gradients once, in the last
-            with net.no_sync() if waits else contextlib.nullcontext():
-                loss += backward(net, *part)
+            if world > 1:  # processes exchange gradients once, in the last
+                net.require_backward_grad_sync = i == cfg.grad_accum - 1
+            loss += backward(net, *part)
         if step == first and (dead := [n for n, p in model.named_parameters() if p.grad is None]):
             raise RuntimeError(f"no gradient reaches {', '.join(dead[:3])}; is the module used in forward()?")
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
@@ -861,8 +813,8 @@ def train(cfg):
             run.flush(done())
         if due(cfg.eval_every):
             with clock.apart("evaluate"):
-                numbers = evaluate(ema.model, stored_held_out, held_out.labels, cfg, device, rank, world)
-                run.validate(step, **numbers)
+                labels = held_out.labels
+                run.validate(step, *evaluate(ema.model, stored_held_out, labels, cfg, device, rank, world))
         if save:
             with clock.apart("save"):
                 run.save(model, ema, optimizer, seconds)
@@ -871,7 +823,8 @@ def train(cfg):
                 z, history = sample_classes(ema.model, cfg, device)
                 if rank == 0:
                     run.pictures(f"step_{step:08d}", decode(z, cfg), [decode(h[:50], cfg) for h in history])
-                    run.pictures(f"step_{step:08d}_latents", colours(z))
+                    rgb = z[:, : 3 if z.shape[1] > 2 else 1] / 3  # three deviations either way
+                    run.pictures(f"step_{step:08d}_latents", rgb)
     run.close(clock, model, dtype, finished=done() >= 1)
 
 
@@ -880,8 +833,6 @@ def sample_run(cfg):
     check(cfg)
     device, run = common.pick_device(cfg.device), common.find_run(cfg.sample)
     state = common.newest_checkpoint(cfg.sample)
-    if state is None:
-        raise UserError(f"{cfg.sample} has no checkpoint yet; wait for its first, or --resume it")
     if (run / "code" / "vae").exists():
         cfg = replace(cfg, vae_path=str(run / "code" / "vae"))
     model = build_model(cfg).to(device).eval()

@@ -14,7 +14,6 @@ modulation, Muon.
 On two CPU cores the README's laptop line draws MNIST's digits in six minutes.
 """
 
-import contextlib
 import functools
 import math
 import os
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import common
-from common import UserError, derived, need, seed_of
+from common import derived, need, seed_of
 
 # ------------------------------------------------------------------------------------------------
 # Flags: the only place a default lives; the comment is the help
@@ -134,16 +133,14 @@ def rope_table(side, dim):
     (Su et al. 2021, arXiv:2104.09864, eq. 34): half of the pairs tell its row, half its column."""
     freqs = 100.0 ** -(torch.arange(dim // 4) / (dim // 4))  # radians a token, from 1 down to about 0.01
     angles = torch.arange(side)[:, None] * freqs
-    rows, columns = angles[:, None].expand(side, side, -1), angles[None].expand(side, side, -1)
-    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    angles = torch.cat([angles.repeat_interleave(side, 0), angles.repeat(side, 1)], dim=1)
     return angles.cos(), angles.sin()
 
 
 def sincos_table(side, dim):
     """[side * side, dim]: half the channels tell the row, half the column (Peebles & Xie 2022, sec. 3.2)."""
     lines = common.time_embedding(torch.arange(side) / 1000, dim // 2)  # which multiplies by 1000
-    rows, columns = lines[:, None].expand(side, side, -1), lines[None].expand(side, side, -1)
-    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    return torch.cat([lines.repeat_interleave(side, 0), lines.repeat(side, 1)], dim=1)
 
 
 def rotate(x, cos, sin):
@@ -408,27 +405,20 @@ def make_optimizer(model, cfg, dtype):
 
 
 @torch.no_grad()
-def evaluate(model, data, cfg, device, rank, world, n=2048):
-    """Loss on n held-out images with noise and evenly spread times that are the same at every call."""
-    n = min(n, len(data.labels))
+def evaluate(model, data, cfg, device, rank, world):
+    """-> (losses, times [n]) of held-out images: noise and even times are the same at every call."""
+    n = min(2048, len(data.labels))
     generator = torch.Generator().manual_seed(seed_of("evaluate"))
     pick = torch.randperm(len(data.labels), generator=generator)[:n]
     t = (torch.arange(n) + 0.5) / n
     eps = torch.randn(n, *cfg.shape, generator=generator)
-    sums = torch.zeros(2, 10, device=device)  # of losses, and their number, by time
-    for rows in torch.arange(n)[rank::world].split(256):
-        if not len(rows):  # more processes than images
-            continue
+    losses = torch.zeros(n, device=device)  # those of the other processes stay 0
+    for i in range(rank, n, 256 * world):
+        rows = torch.arange(i, min(i + 256 * world, n), world)
         x0, y = data.images[pick[rows]].to(device).float() / 127.5 - 1, data.labels[pick[rows]].to(device)
         y = torch.full_like(y, cfg.num_classes) if cfg.class_dropout == 1 else y
-        loss = loss_per_sample(model, x0, y, t[rows].to(device), eps[rows].to(device), cfg)
-        k = (t[rows] * 10).long().to(device)
-        sums.index_add_(1, k, torch.stack([loss, torch.ones_like(loss)]))
-    if world > 1:
-        dist.all_reduce(sums)
-    total, count = sums.tolist()
-    by_time = [a / b if b else None for a, b in zip(total, count, strict=True)]
-    return {"loss": sum(total) / sum(count), "loss_t": by_time}
+        losses[rows] = loss_per_sample(model, x0, y, t[rows].to(device), eps[rows].to(device), cfg)
+    return losses, t
 
 
 def train(cfg):
@@ -441,9 +431,6 @@ def train(cfg):
     cfg = replace(cfg, shape=tuple(data.images.shape[1:]), num_classes=len(data.classes))
     check(cfg)
 
-    # Compiling costs up to a minute, which a short run does not earn back; bfloat16 costs nothing.
-    long = cfg.steps >= 500 and not 0 < cfg.minutes < 1
-    use_compile = cfg.compile == "on" or (cfg.compile == "auto" and long and device.type != "mps")
     fast = common.device_facts(device)[1]
     dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if fast else "float32")
     torch.set_float32_matmul_precision("high")
@@ -456,14 +443,8 @@ def train(cfg):
     assert owned == sorted(map(id, model.parameters())), "a parameter is in no optimizer group, or in two"
 
     run, clock = common.Run(cfg, __file__, "rf", "dit", rank), common.Clock(device)
-    if run.state:
-        model.load_state_dict(run.state["model"])
-        ema.model.load_state_dict(run.state["ema"])
-        optimizer.load_state_dict(run.state["optimizer"])
-        clock.seconds["train"] = run.state["seconds"]
-        run.state = None  # its memory
-    facts = {"dtype": str(dtype).removeprefix("torch."), "compile": use_compile, "processes": world}
-    run.describe(device, data, model, **facts)
+    run.restore(model, ema, optimizer, clock)
+    run.describe(device, data, model, dtype=str(dtype)[6:], processes=world)
     batches = common.Batches(data, cfg.bs, cfg.seed, device, rank, world)
 
     def micro_batches(step):
@@ -485,17 +466,9 @@ def train(cfg):
         loss.backward()
         return loss.detach()
 
-    net, step, first, seconds = model, run.step, run.step, clock.seconds["train"]
-    if use_compile:  # which happens in the first pass: try one, and drop its gradients
-        try:
-            net = torch.compile(model)
-            backward(net, *micro_batches(step)[0])
-        except Exception as e:
-            if cfg.compile == "on":
-                raise
-            print(f"compile not possible here ({common.why(e)}); going on without", flush=True)
-            net = model
-        model.zero_grad()
+    step, first, seconds = run.step, run.step, clock.seconds["train"]
+    net = common.compiled(model, lambda net: backward(net, *micro_batches(step)[0]), cfg, device)
+    model.zero_grad()
     net = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     clock.lap("compile")
 
@@ -512,9 +485,9 @@ def train(cfg):
             group["lr"] = group["peak"] * pace
         loss = torch.zeros((), device=device)
         for i, part in enumerate(micro_batches(step)):
-            waits = world > 1 and i < cfg.grad_accum - 1  # processes exchange gradients once, in the last
-            with net.no_sync() if waits else contextlib.nullcontext():
-                loss += backward(net, *part)
+            if world > 1:  # processes exchange gradients once, in the last
+                net.require_backward_grad_sync = i == cfg.grad_accum - 1
+            loss += backward(net, *part)
         if step == first and (dead := [n for n, p in model.named_parameters() if p.grad is None]):
             raise RuntimeError(f"no gradient reaches {', '.join(dead[:3])}; is the module used in forward()?")
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
@@ -534,7 +507,7 @@ def train(cfg):
             run.flush(done())
         if due(cfg.eval_every):
             with clock.apart("evaluate"):
-                run.validate(step, **evaluate(ema.model, held_out, cfg, device, rank, world))
+                run.validate(step, *evaluate(ema.model, held_out, cfg, device, rank, world))
         if save:
             with clock.apart("save"):
                 run.save(model, ema, optimizer, seconds)
@@ -548,8 +521,6 @@ def sample_run(cfg):
     """--sample RUN: a grid and a GIF from the averaged weights of the newest checkpoint."""
     check(cfg)
     device, state = common.pick_device(cfg.device), common.newest_checkpoint(cfg.sample)
-    if state is None:
-        raise UserError(f"{cfg.sample} has no checkpoint yet; wait for its first, or --resume it")
     model = build_model(cfg).to(device).eval()
     model.load_state_dict(state["ema"])
     when = "" if cfg.guidance_interval == (0, 1) else "_{:g}-{:g}".format(*cfg.guidance_interval)
