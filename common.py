@@ -221,6 +221,7 @@ def compiled(net, trial, cfg, device):
     """torch.compile(net), or net itself where that is not worth while or trial(compiled net) fails.
 
     trial is a pass whose gradients are dropped. A short run does not earn back the minute that this can take.
+    It comes before DistributedDataParallel: one graph, after whose end the gradients are exchanged.
     """
     long = cfg.steps >= 500 and not 0 < cfg.minutes < 1
     if cfg.compile == "off" or (cfg.compile == "auto" and (not long or device.type == "mps")):
