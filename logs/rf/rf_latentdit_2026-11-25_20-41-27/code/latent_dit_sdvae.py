@@ -16,14 +16,12 @@ On two CPU cores the README's line goes from nothing to MNIST's digits in ten mi
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
 import math
 import os
 import shutil
-import sys
 import time
 import warnings
 import zlib
@@ -42,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import common
-from common import UserError, derived, seed_of
+from common import UserError, derived, need, seed_of
 
 # ------------------------------------------------------------------------------------------------
 # Flags: the only place a default lives; the comment is the help
@@ -64,11 +62,11 @@ class Config:
     # method
     method: Literal["rf", "ddpm"] = "rf"  # rectified flow, or v-prediction on DDPM's cosine path
     t_sampling: Literal["uniform", "logit-normal"] = "uniform"  # density of the training times
-    shift: float = 1.0  # of these times towards noise; 1 = none
+    shift: float = 1.0  # above 1 moves these times towards noise, below 1 towards data
     # guidance and sampling
     class_dropout: float = 0.1  # share of labels replaced by the null class; 1 = unconditional
     guidance: float = 1.5  # w in uncond + w (cond - uncond); 1 = off
-    guidance_interval: tuple[float, ...] = (0.0, 1.0)  # times between which guidance acts, such as 0.1 0.8
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times between which guidance acts, such as 0.1 0.8
     sampling_steps: int = 50  # of DDIM, for the pictures
     num_samples: int = 100  # images in a grid, classes in turn
     # length
@@ -87,7 +85,7 @@ class Config:
     warmup: int = 100  # steps until the peak
     weight_decay: float = 0.0  # of matrices
     grad_clip: float = 1.0  # largest gradient norm; 0 = off
-    ema_decay: float = 0.9999  # of the averaged weights, after their warm-up
+    ema_decay: float = 0.9999  # of the averaged weights; a young run uses less
     # run
     logs: str = ""  # parent of run folders; default $DIFFUSION_LOGS, else logs/
     seed: int = 0  # of everything random
@@ -95,7 +93,7 @@ class Config:
     config: str = ""  # a run.yaml whose flags become the defaults
     sample: str = ""  # RUN to sample, without training
     keep: int = 2  # checkpoints to keep
-    # rhythm, in steps; 0 = never
+    # rhythm, in steps; 0 = never (but not of log_every)
     log_every: int = 20  # read losses back and write them
     eval_every: int = 1000  # held-out loss
     sample_every: int = 10_000  # pictures
@@ -114,58 +112,21 @@ class Config:
 
 def check(cfg):
     """Raises UserError for values and combinations that cannot work."""
-
-    def need(ok, text):
-        if not ok:
-            raise UserError(text)
-
-    at_least_1 = (
-        "dim depth heads patch vae_steps sampling_steps num_samples steps bs grad_accum keep log_every"
-    )
-    at_least_0 = "minutes warmup weight_decay grad_clip eval_every sample_every save_every"
-    for names, low, high in (
-        (at_least_1, 1, math.inf),
-        (at_least_0, 0, math.inf),
-        ("ema_decay class_dropout", 0, 1),
-    ):
-        for name in names.split():
-            value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
-            bounds = f"{low} or more" if high == math.inf else f"{low} to {high}"
-            need(low <= value <= high, f"{flag} is {value}; give {bounds}")
-    for name in ("lr", "muon_lr", "shift", "mlp_ratio"):
-        value = getattr(cfg, name)
-        need(0 < value < math.inf, f"--{name.replace('_', '-')} is {value}; give a positive number")
+    common.in_range(cfg, "dim depth heads patch vae_steps sampling_steps num_samples steps bs grad_accum", 1)
+    common.in_range(cfg, "keep log_every", 1)
+    common.in_range(cfg, "minutes warmup weight_decay grad_clip eval_every sample_every save_every", 0)
+    common.in_range(cfg, "ema_decay class_dropout", 0, 1)
+    common.positive(cfg, "lr muon_lr shift mlp_ratio")
     parts, side = cfg.grad_accum * int(os.environ.get("WORLD_SIZE", 1)), cfg.shape[-1]
     need(cfg.bs % parts == 0, f"--bs {cfg.bs} is no multiple of --grad-accum x processes, {parts}; change it")
     fits = [p for p in range(1, side + 1) if side % p == 0]
     text = f"--patch {cfg.patch} does not divide {side}, the side of the latents"
     need(cfg.patch in fits, f"{text}; choose from {fits}")
-    need(
-        cfg.dim % (4 * cfg.heads) == 0,
-        f"--dim {cfg.dim} is no multiple of 4 x --heads, {4 * cfg.heads}; change one of them",
-    )
+    unit = 4 * cfg.heads  # a head's channels come in pairs, half of which tell the row, half the column
+    need(cfg.dim % unit == 0, f"--dim {cfg.dim} is no multiple of 4 x --heads, {unit}; change one of them")
     need(cfg.guidance == 1 or cfg.class_dropout > 0, "--guidance needs --class-dropout; or give --guidance 1")
-    low, high = cfg.guidance_interval if len(cfg.guidance_interval) == 2 else (1.0, 0.0)
+    low, high = cfg.guidance_interval
     need(0 <= low <= high <= 1, "--guidance-interval takes two times in [0, 1]; give such as 0.1 0.8")
-
-
-def compiled(net, trial, cfg, device):
-    """torch.compile(net), or net itself where that is not worth while or trial(compiled net) fails.
-
-    trial is a pass whose gradients are dropped. A short run does not earn back the minute that this can take.
-    """
-    long = cfg.steps >= 500 and not 0 < cfg.minutes < 1
-    if cfg.compile == "off" or (cfg.compile == "auto" and (not long or device.type == "mps")):
-        return net
-    try:
-        fast = torch.compile(net)
-        trial(fast)
-        return fast
-    except Exception as e:
-        if cfg.compile == "on":
-            raise
-        common.say(f"compile not possible here ({common.why(e)}); going on without")
-        return net
 
 
 # ------------------------------------------------------------------------------------------------
@@ -180,11 +141,10 @@ def load_vae(path, device):
 
     diffusers.utils.logging.set_verbosity_error()  # our error is one line
     huggingface_hub.utils.logging.set_verbosity_error()
-    beside = Path(__file__).parent / "vae"  # a run's code/ holds a VAE of its own, wherever it is moved to
-    path = beside if beside.exists() else path
+    own = Path(__file__).parent / "vae"  # in a run's code/, wherever it is moved to
+    path = own if (own.parents[1] / "run.yaml").exists() and own.exists() else path
     try:
-        config = Path(path) / "config.json"
-        name = json.loads(config.read_text())["_class_name"] if Path(path).is_dir() else "AutoencoderKL"
+        name = diffusers.AutoencoderKL.load_config(path)["_class_name"]
         if name not in ("AutoencoderKL", "AutoencoderTiny"):
             raise ValueError(f"it is a {name}, neither AutoencoderKL nor AutoencoderTiny")
         with warnings.catch_warnings():
@@ -214,8 +174,7 @@ def encode(vae, x):
 def decode(x, cfg):
     """Latents -> images in [-1, 1], few at a time: the VAE's layers are larger than all of the DiT's."""
     vae = load_vae(cfg.vae_path, x.device)
-    if hash_of(vae) != cfg.vae_hash:
-        raise UserError(f"the VAE {cfg.vae_path} is not the one of this run; restore that")
+    need(hash_of(vae) == cfg.vae_hash, f"the VAE {cfg.vae_path} is not the one of this run; restore that")
     scale, shift = scale_of(vae)
     parts = [vae.decode(z / scale + shift).sample for z in x.float().split(at_a_time(cfg))]
     return torch.cat(parts).clamp(-1, 1)
@@ -250,7 +209,7 @@ def train_vae(data, folder, cfg, device):
     torch.manual_seed(seed_of(cfg.seed, "vae"))
     vae = AutoencoderKL(C, C, down, up, widths, **more).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    order, fast = common.Order(len(data.labels), bs, cfg.seed), common.device_facts(device)[1]
+    batches, fast = common.Batches(data, bs, cfg.seed, device), common.device_facts(device)[1]
 
     def loss_of(x, noise):
         p = vae.encode(x).latent_dist
@@ -259,9 +218,7 @@ def train_vae(data, folder, cfg, device):
         return error + kl_weight * kl.mean()
 
     def backward(net, step):
-        x = data.images[order(step)].to(device).float() / 127.5 - 1
-        if data.flip:
-            x = torch.where(order.mirrored(step).to(device).view(-1, 1, 1, 1), x.flip(-1), x)
+        x, _ = batches(step)
         noise = torch.Generator(device).manual_seed(seed_of(cfg.seed, "vae noise", step))
         noise = torch.randn(bs, 4, *[side >> halvings(side)] * 2, generator=noise, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=fast):
@@ -270,20 +227,17 @@ def train_vae(data, folder, cfg, device):
         return loss
 
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # in diffusers
-    net = compiled(loss_of, lambda net: backward(net, 0), cfg, device)
-    for step in tqdm(range(cfg.vae_steps), "training the VAE", disable=not sys.stderr.isatty()):
+    net = common.compiled(loss_of, lambda net: backward(net, 0), cfg, device)
+    for step in tqdm(range(cfg.vae_steps), "training the VAE", disable=None):
         optimizer.zero_grad()
         loss = backward(net, step)
         optimizer.found_inf = (~nn.utils.clip_grad_norm_(vae.parameters(), 1.0).isfinite()).float()
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1 - step / cfg.vae_steps)
         optimizer.step()
-    if not loss.isfinite():
-        raise UserError("the VAE's training diverged; look at the dataset, or give --vae a trained one")
+    need(loss.isfinite(), "the VAE's training diverged; look at the dataset, or give --vae a trained one")
     vae.eval().requires_grad_(False)
-    rows = torch.linspace(0, len(data.labels) - 1, 1000).long()
-    means = [
-        vae.encode(data.images[i].to(device).float() / 127.5 - 1).latent_dist.mean for i in rows.split(50)
-    ]
+    rows = torch.linspace(0, len(data.labels) - 1, 1000).long().split(50)
+    means = [vae.encode(data.images[i].to(device).float() / 127.5 - 1).latent_dist.mean for i in rows]
     means = torch.cat(means)
     vae.register_to_config(scaling_factor=1 / means.std().item(), shift_factor=means.mean().item())
     part = folder.with_name(folder.name + ".part")
@@ -312,12 +266,9 @@ def prepare(cfg, device, rank, world):
             raise UserError(f"--channels is {cfg.channels}, but the VAE takes {channels}; leave it out")
     load = functools.partial(common.load_dataset, cfg.dataset, cfg.data_root)
     data, held_out = (load(s, cfg.image_size, channels, most=MOST_IN_MEMORY) for s in ("train", "test"))
-    (C, side, _), c = data.images.shape[1:], 4
-    if train_it:
-        levels = halvings(side)
-    else:
-        probe = encode(vae, torch.zeros(1, C, 64, 64, device=device))[0]
-        c, levels = probe.shape[1], int(math.log2(64 // probe.shape[-1]))
+    C, side, _ = data.images.shape[1:]
+    levels = halvings(side) if train_it else len(vae.config.block_out_channels) - 1
+    c = 4 if train_it else vae.config.latent_channels
     if side % 2**levels:
         near = side // 2**levels * 2**levels
         fit = " or ".join(str(s) for s in (near, near + 2**levels) if s)
@@ -367,11 +318,9 @@ def alone(path, rank, world):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f"{path.name}.lock"), "a") as file:
         if rank == 0:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not common.lock(file):
                 common.say(f"waiting for another process that works on {path}")
-                fcntl.flock(file, fcntl.LOCK_EX)
+                common.lock(file, wait=True)
         together(world)
         yield
         together(world)
@@ -392,27 +341,24 @@ def encoded(data, vae, cfg, split, device, rank=0, world=1):
     key = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
     folder = cache_folder(cfg) / f"{data.name}_{split}_{data.images.shape[-1]}px_{key}"
     with alone(folder, rank, world):
-        if rank == 0 and not (
-            (folder / "facts.json").exists() and (folder / "facts.json").read_text() == text
-        ):
+        known = folder / "facts.json"
+        if rank == 0 and not (known.exists() and known.read_text() == text):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            common.write_atomically(folder / "facts.json", lambda f: f.write(text.encode()))
+            common.write_atomically(known, lambda f: f.write(text.encode()))
         together(world)
         with open(folder / "latents.f16", "ab") as file:
             file.truncate(2 * math.prod(shape))
         stored = np.memmap(folder / "latents.f16", np.float16, "c", shape=shape)
         sums = {line for f in folder.glob("sums.*.txt") for line in f.read_text().splitlines()}
-        started = {line.split(" ")[0] for line in sums}
+        begun = {line.split(" ")[0] for line in sums}
         together(world)  # all have read the sums before any writes one
-        todo, damaged = [], 0
-        for i in range(rank, math.ceil(len(stored) / CHUNK), world):
-            if str(i) not in started:
-                todo.append(i)
-            elif f"{i} {zlib.crc32(stored[i * CHUNK : (i + 1) * CHUNK])}" not in sums:
-                todo.append(i)
-                damaged += 1
-        if damaged:
+
+        def whole(i):
+            return str(i) in begun and f"{i} {zlib.crc32(stored[i * CHUNK : (i + 1) * CHUNK])}" in sums
+
+        todo = [i for i in range(rank, math.ceil(len(stored) / CHUNK), world) if not whole(i)]
+        if damaged := sum(str(i) in begun for i in todo):
             common.say(f"warning: {damaged} chunks in {folder} are damaged; encoding them again")
 
         def read(i):
@@ -421,9 +367,8 @@ def encoded(data, vae, cfg, split, device, rank=0, world=1):
 
         start, pool = time.perf_counter(), ThreadPoolExecutor(1)  # reads a chunk ahead
         ahead = [pool.submit(read, i) for i in todo[:1]]
-        hide = rank or not sys.stderr.isatty()
         with open(folder / "latents.f16", "r+b") as file, open(folder / f"sums.{rank}.txt", "a") as done:
-            for j, i in enumerate(tqdm(todo, f"encoding {split}", disable=hide)):
+            for j, i in enumerate(tqdm(todo, f"encoding {split}", disable=rank > 0 or None)):
                 (rows, x), parts = ahead.pop().result(), []
                 ahead += [pool.submit(read, i) for i in todo[j + 1 : j + 2]]
                 for part in x.split(at_a_time(cfg)):
@@ -440,8 +385,7 @@ def encoded(data, vae, cfg, split, device, rank=0, world=1):
                 done.write(f"\n{i} {zlib.crc32(block)}\n")  # now it counts; the line before may be torn
                 done.flush()
     if todo:
-        seconds = time.perf_counter() - start
-        common.say(f"latents {split} encoded in {seconds:.1f} s, in {folder}")
+        common.say(f"latents {split} encoded in {time.perf_counter() - start:.1f} s, in {folder}")
     return np.memmap(folder / "latents.f16", np.float16, "c", shape=shape)
 
 
@@ -466,16 +410,8 @@ class Latents:
     def __call__(self, step):
         rows, view = self.rows[self.order(step)[self.mine]], self.order.mirrored(step)[self.mine].long()
         view, where = view % self.stored.shape[1], self.stored.device
-        posterior, y = (
-            self.to_device(self.stored[rows.to(where), view.to(where)]),
-            self.to_device(self.labels[rows]),
-        )
-        return *posterior.float().unbind(1), y
-
-    def to_device(self, v):
-        if self.device.type == "cuda" and not v.is_cuda:
-            v = v.pin_memory()  # else the copy would wait for the device
-        return v.to(self.device, non_blocking=True)
+        posterior = common.send(self.stored[common.send(rows, where), common.send(view, where)], self.device)
+        return *posterior.float().unbind(1), common.send(self.labels[rows], self.device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -494,32 +430,31 @@ def unpatchify(x, p):
 
 
 def rope_table(side, dim):
-    """cos and sin, each [side * side, dim], of the angles that a head's channels turn by: half of the pairs
-    tell the row of a token, half its column (Su et al. 2021, arXiv:2104.09864, eq. 34, in two dimensions)."""
-    freqs = 100.0 ** -torch.arange(0, 1, 4 / dim)  # from a radian to a hundredth of it a token
+    """cos and sin [side * side, dim / 2] of the angles by which a token's place turns a head's channel pairs
+    (Su et al. 2021, arXiv:2104.09864, eq. 34): half of the pairs tell its row, half its column."""
+    freqs = 100.0 ** -(torch.arange(dim // 4) / (dim // 4))  # radians a token, from 1 down to about 0.01
     angles = torch.arange(side)[:, None] * freqs
-    rows, columns = angles[:, None].expand(side, side, -1), angles[None].expand(side, side, -1)
-    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1).repeat(1, 2)
+    angles = torch.cat([angles.repeat_interleave(side, 0), angles.repeat(side, 1)], dim=1)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Turns the channel pairs (i, i + dim / 2) of x [B, heads, N, dim]."""
+    """Turns the channel pairs (i, i + dim / 2) of x [..., N, dim]; see rope_table."""
     a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(dim)) v; each [B, heads, N, dim]."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # The fused kernel takes 3 to 9 times as long, forward and backward (torch 2.15, 49 to 256 tokens).
+        # The fused kernel takes 3 to 9 times as long, forward and backward (AVX-512, 49 to 256 tokens).
         return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def norm(dim):
-    """Each token over its root mean square; the scale is the modulation's."""
-    return nn.RMSNorm(dim, 1e-6, elementwise_affine=False)
+    """Without weights: the modulation scales and shifts."""
+    return nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
 
 
 class Block(nn.Module):
@@ -536,16 +471,20 @@ class Block(nn.Module):
         self.bias = nn.Parameter(torch.zeros(6 * dim))
 
     def forward(self, x, c, cos, sin):
-        """x [B, N, dim], c [B, 6 dim] -> [B, N, dim]."""
+        """x [B, N, dim], c [B, 6 dim] -> [B, N, dim].
+
+        torch.addcmul(a, b, c) is a + b * c in one pass over memory, compiled or not.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = (c + self.bias)[:, None].chunk(6, dim=-1)
-        h = self.qkv(self.norm1(x) * (1 + scale1) + shift1)
-        q, k, v = h.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, N, dim / heads]
+        h = self.qkv(torch.addcmul(shift1, self.norm1(x), 1 + scale1))
+        q, k, v = (u.unflatten(2, (self.heads, -1)).transpose(1, 2) for u in h.chunk(3, dim=-1))
         q, k = self.qk_norm(q), self.qk_norm(k)  # bounds the logits (Dehghani et al. 2023, arXiv:2302.05442)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        h = attention(q.to(v.dtype), k.to(v.dtype), v).transpose(1, 2).flatten(2)
-        x = x + gate1 * self.out(h)
-        h = self.mlp1(self.norm2(x) * (1 + scale2) + shift2)
-        return x + gate2 * self.mlp2(F.gelu(h, approximate="tanh"))
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        h = attention(q, k, v).transpose(1, 2).flatten(2)
+        x = torch.addcmul(x, gate1, self.out(h))
+        h = self.mlp1(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
+        h = F.relu(h)  # and its square (So et al. 2021, arXiv:2109.08668): learns faster than GELU
+        return torch.addcmul(x, gate2, self.mlp2(h * h))
 
 
 class DiT(nn.Module):
@@ -577,7 +516,8 @@ class DiT(nn.Module):
 
     def forward(self, x, t, y):
         c = F.silu(self.time(common.time_embedding(t, self.time_dim)) + self.label(y))
-        h, modulation = self.embed(patchify(x, self.patch)), self.modulation(c)
+        h = self.embed(patchify(x, self.patch)).float()  # the residual stream is float32
+        modulation = self.modulation(c)
         for block in self.blocks:
             args = h, modulation, self.cos, self.sin
             recompute = self.grad_checkpoint and self.training
@@ -604,15 +544,14 @@ def path(t, cfg):
 
 
 def coefficients(t, cfg):
-    """alpha, sigma, a, b at t [B], each [B, 1, 1, 1]; as alpha a + sigma b = 1, x0 = a x - sigma v and
+    """alpha, sigma, a, b at t [B], each [B, 1, 1, 1] or 1; as alpha a + sigma b = 1, x0 = a x - sigma v and
     eps = b x + alpha v.
 
     Rectified flow: v = eps - x0, the velocity dx/dt. DDPM: v = alpha eps - sigma x0 (Salimans & Ho 2022, sec.
     4), on the cosine path dx/dt over pi / 2.
     """
     alpha, sigma = (c.view(-1, 1, 1, 1) for c in path(t, cfg))
-    one = torch.ones_like(alpha)
-    return (alpha, sigma, one, one) if cfg.method == "rf" else (alpha, sigma, alpha, sigma)
+    return (alpha, sigma, 1, 1) if cfg.method == "rf" else (alpha, sigma, alpha, sigma)
 
 
 def draw_times(u, cfg):
@@ -621,8 +560,7 @@ def draw_times(u, cfg):
     Stratified: time i of the batch lies in the i-th of B equal shares, so that a step sees all times evenly
     and its gradient varies less (Kingma et al. 2021, arXiv:2107.00630, sec. I.1).
     """
-    u = (torch.arange(len(u), device=u.device) + u) / len(u)
-    t = u.clamp(1e-5, 1 - 1e-5)
+    t = ((torch.arange(len(u), device=u.device) + u) / len(u)).clamp(1e-5, 1 - 1e-5)
     if cfg.t_sampling == "logit-normal":  # Esser et al. 2024, eq. 19, with location 0 and scale 1
         t = torch.sigmoid(torch.special.ndtri(t))
     return cfg.shift * t / (1 + (cfg.shift - 1) * t)  # ibid., eq. 23: shift > 1 towards noise
@@ -681,23 +619,12 @@ def sample(model, x, y, cfg, frames=12):
     return x, history
 
 
-def sample_classes(model, cfg, device, rank=0, world=1):
-    """cfg.num_samples latents, classes in turn, of which each process draws its share; all get the whole."""
+def sample_classes(model, cfg, device):
+    """cfg.num_samples latents, classes in turn; every process draws them all, the first writes them."""
     y = torch.arange(cfg.num_samples, device=device) % cfg.num_classes
     generator = torch.Generator(device).manual_seed(seed_of(cfg.seed, "sample"))
     x = torch.randn(len(y), *sample_shape(cfg), generator=generator, device=device)
-    if world == 1:
-        return sample(model, x, y, cfg)
-    latents, history = sample(model, x[rank::world], y[rank::world], cfg)
-    whole = torch.zeros(1 + len(history), *x.shape, device=device)
-    whole[:, rank::world] = torch.stack([latents, *history])
-    dist.all_reduce(whole)
-    return whole[0], list(whole[1:])
-
-
-def colours(z):
-    """The first three components of latents as red, green and blue, three deviations either way."""
-    return z[:, : 3 if z.shape[1] > 2 else 1] / 3
+    return sample(model, x, y, cfg)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -705,22 +632,23 @@ def colours(z):
 
 
 def orthogonal(g):
-    """[n, rows, columns] -> about U V^T of each matrix U S V^T, by five Newton-Schulz steps.
+    """[n, rows, columns] -> about U V^T of each matrix U S V^T, by three steps of Newton-Schulz's kind.
 
-    The coefficients, Jordan's, are fast rather than exact: singular values end between about 0.7 and 1.2.
+    Each applies a polynomial of degree 5 to the singular values, the best one for where the last has left
+    them (Amsel et al. 2025, arXiv:2505.16932): those of 0.01 to 1 end between 0.71 and 1.27.
     """
     x = g if g.shape[1] <= g.shape[2] else g.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        a = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    x = x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # below 1, after rounding too
+    for a, b, c in ((8.0934, -23.6206, 17.4463), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)):
+        xx = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
     return x if g.shape[1] <= g.shape[2] else x.mT
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but the matrices in groups with `momentum` move along their momentum made orthogonal.
+    """AdamW, but in groups with `momentum` the update of a matrix is its momentum, made orthogonal.
 
-    Matrices of one shape are handled as one tensor [n, rows, columns]; the first keeps their momentum.
+    Matrices of one shape are stacked into one tensor; the state of the first holds the momentum of all.
     A step for which `found_inf` is 1 changes nothing, as in the fused AdamW, and does not ask the device.
     """
 
@@ -733,26 +661,27 @@ class Muon(torch.optim.AdamW):
             for (rows, columns), params in shapes.items():
                 g, state = torch.stack([p.grad for p in params]), self.state[params[0]]
                 beta, skip = group["momentum"], self.found_inf > 0
-                if not state:  # AdamW looks for a step when it loads
+                if not state:  # "step" because AdamW reads it when it loads
                     state |= {"momentum": torch.zeros_like(g), "step": torch.zeros(())}
                 m = state["momentum"].lerp(g, 1 - beta)
                 update = orthogonal(g.lerp(m, beta).to(self.dtype)).to(g.dtype)  # with Nesterov's momentum
-                update *= max(1, rows / columns) ** 0.5  # Jordan's: alike for all shapes
+                update *= max(1, rows / columns) ** 0.5  # one learning rate for all shapes
                 if group["weight_decay"]:
                     update += group["weight_decay"] * torch.stack(params)
                 state["momentum"] = torch.where(skip, state["momentum"], m)
                 torch._foreach_add_(params, list(torch.where(skip, 0.0, update)), alpha=-group["lr"])
             for p in group["params"]:
-                p.grad = None  # AdamW leaves alone what has none
+                p.grad = None  # done: AdamW leaves alone what has no gradient
         super().step()
 
 
 def make_optimizer(model, cfg, dtype):
-    """`peak` is the highest learning rate of a group; dtype that of orthogonal(), which need not be exact."""
-    hidden = {id(p): p for p in model.blocks.parameters() if p.ndim == 2}
-    rest = [p for p in model.parameters() if id(p) not in hidden]
+    """Groups for Muon and for AdamW with and without decay; `peak` is a group's learning rate after the
+    warm-up. dtype is that of orthogonal(), which need not be exact."""
+    hidden = [p for p in model.blocks.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if all(p is not q for q in hidden)]  # == would compare numbers
     groups = [
-        {"params": list(hidden.values()), "peak": cfg.muon_lr, "momentum": 0.95},
+        {"params": hidden, "peak": cfg.muon_lr, "momentum": 0.95},
         {"params": [p for p in rest if p.ndim > 1], "peak": cfg.lr},
         {"params": [p for p in rest if p.ndim < 2], "peak": cfg.lr, "weight_decay": 0.0},
     ]
@@ -767,23 +696,19 @@ def make_optimizer(model, cfg, dtype):
 
 @torch.no_grad()
 def evaluate(model, stored, labels, cfg, device, rank, world):
-    """Loss on the held-out latents with noise and evenly spread times that are the same at every call."""
+    """-> (losses, times [n]) of held-out latents: noise and even times are the same at every call."""
     n, generator = len(labels), torch.Generator().manual_seed(seed_of("evaluate"))
     t = (torch.randperm(n, generator=generator) + 0.5) / n
     eps, fresh = torch.randn(2, n, *cfg.shape, generator=generator)
-    sums = torch.zeros(2, 10, device=device)  # of losses, and their number, by time
-    for rows in torch.arange(rank, n, world).split(256):
+    losses = torch.zeros(n, device=device)  # those of the other processes stay 0
+    for i in range(rank, n, 256 * world):
+        rows = torch.arange(i, min(i + 256 * world, n), world)
         mean, std = torch.from_numpy(stored[rows, 0]).float().unbind(1)
-        x0 = (mean + std * fresh[rows] * (cfg.latent_mode == "sample")).to(device)
+        x0 = mean + std * fresh[rows] * (cfg.latent_mode == "sample")
         y = torch.full_like(labels[rows], cfg.num_classes) if cfg.class_dropout == 1 else labels[rows]
-        loss = loss_per_sample(model, x0, y.to(device), t[rows].to(device), eps[rows].to(device), cfg)
-        k = (t[rows] * 10).long().to(device)
-        sums.index_add_(1, k, torch.stack([loss, torch.ones_like(loss)]))
-    if world > 1:
-        dist.all_reduce(sums)
-    total, count = sums.tolist()
-    by_time = [a / b if b else None for a, b in zip(total, count, strict=True)]
-    return {"loss": sum(total) / sum(count), "loss_t": by_time}
+        batch = (v.to(device) for v in (x0, y, t[rows], eps[rows]))
+        losses[rows] = loss_per_sample(model, *batch, cfg)
+    return losses, t
 
 
 def reconstruct(run, data, vae, cfg, device):
@@ -819,104 +744,88 @@ def train(cfg):
     assert owned == sorted(map(id, model.parameters())), "a parameter is in no optimizer group, or in two"
 
     run = common.Run(cfg, __file__, cfg.method, "latentdit", rank)
-    if run.state:
-        model.load_state_dict(run.state["model"])
-        ema.model.load_state_dict(run.state["ema"])
-        optimizer.load_state_dict(run.state["optimizer"])
-        clock.seconds["train"] = run.state["seconds"]
-    facts = {"dtype": str(dtype).removeprefix("torch."), "processes": world}
-    run.describe(device, data, model, **facts, latents="x".join(map(str, cfg.shape)))
-    if rank == 0 and not run.state:
+    run.restore(model, ema, optimizer, clock)
+    shape = "x".join(map(str, cfg.shape))
+    run.describe(device, data, model, dtype=str(dtype)[6:], processes=world, latents=shape)
+    if rank == 0 and run.first == 0:
         if cfg.vae == "train":
             shutil.copytree(cfg.vae_path, run.dir / "code" / "vae", dirs_exist_ok=True)
         reconstruct(run, data, vae, cfg, device)
     clock.lap("prepare")
-    mine = slice(rank * cfg.bs // world, (rank + 1) * cfg.bs // world)
 
-    def losses(net, step):
-        """The mean loss of each micro-batch of this rank. Noise and times are drawn for the whole batch from
-        (seed, step), so that neither resuming nor the number of processes changes them."""
+    def micro_batches(step):
+        """[(x0, y, t, eps), ...] of this rank. Noise and times are drawn for the whole batch, from (seed,
+        step), so that neither resuming nor the number of processes changes them."""
         mean, std, y = latents(step)
-        noise = torch.Generator(device).manual_seed(seed_of(cfg.seed, "noise", step))
-        eps, fresh = torch.randn(2, cfg.bs, *cfg.shape, generator=noise, device=device)[:, mine]
+        generator = torch.Generator(device).manual_seed(seed_of(cfg.seed, "noise", step))
+        eps, fresh = torch.randn(2, cfg.bs, *cfg.shape, generator=generator, device=device)[:, latents.mine]
         x0 = mean + std * fresh if cfg.latent_mode == "sample" else mean
-        u = torch.rand(2, cfg.bs, generator=noise, device=device)
-        t = draw_times(u[0], cfg)[mine]
-        y = torch.where(u[1, mine] < cfg.class_dropout, cfg.num_classes, y)
-        parts = (v.chunk(cfg.grad_accum) for v in (x0, y, t, eps))
-        for x0, y, t, eps in zip(*parts, strict=True):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = loss_per_sample(net, x0, y, t, eps, cfg).mean()
-            yield loss
+        u = torch.rand(2, cfg.bs, generator=generator, device=device)
+        t = draw_times(u[0], cfg)[latents.mine]
+        y = torch.where(u[1, latents.mine] < cfg.class_dropout, cfg.num_classes, y)
+        return list(zip(*(v.chunk(cfg.grad_accum) for v in (x0, y, t, eps)), strict=True))
 
-    place = cfg, device, rank, world
-    seconds, step = clock.seconds["train"], run.step
-    first = step
-    net = compiled(model, lambda net: next(losses(net, step)).backward(), cfg, device)
-    optimizer.zero_grad(set_to_none=True)
+    def backward(net, x0, y, t, eps):
+        """Adds the gradient of a micro-batch's part of the loss to the parameters; returns that part."""
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = loss_per_sample(net, x0, y, t, eps, cfg).mean() / cfg.grad_accum
+        loss.backward()
+        return loss.detach()
+
+    step, first, seconds = run.step, run.step, clock.seconds["train"]
+    net = common.compiled(model, lambda net: backward(net, *micro_batches(step)[0]), cfg, device)
+    model.zero_grad()
     net = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     clock.lap("compile")
 
     def done():  # the larger share of the two budgets, in [0, 1]
         return min(1.0, max(step / cfg.steps, seconds / (60 * cfg.minutes) if cfg.minutes else 0.0))
 
-    model.train()
-    while done() < 1:
+    def due(every):
+        return every > 0 and (step % every == 0 or done() >= 1)
+
+    stop = False
+    while done() < 1 and not stop:
         pace = min(1.0, (step + 1) / (cfg.warmup + 1)) * (1 - done())
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * pace
         loss = torch.zeros((), device=device)
-        for i, part in enumerate(losses(net, step)):
-            last = i == cfg.grad_accum - 1  # processes exchange gradients once a step
-            with contextlib.nullcontext() if world == 1 or last else net.no_sync():
-                (part / cfg.grad_accum).backward()
-            loss += part.detach() / cfg.grad_accum
+        for i, part in enumerate(micro_batches(step)):
+            if world > 1:  # processes exchange gradients once, in the last
+                net.require_backward_grad_sync = i == cfg.grad_accum - 1
+            loss += backward(net, *part)
         if step == first and (dead := [n for n, p in model.named_parameters() if p.grad is None]):
             raise RuntimeError(f"no gradient reaches {', '.join(dead[:3])}; is the module used in forward()?")
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         if world > 1:
             dist.all_reduce(loss)
             loss /= world
-        # The optimizer leaves the weights alone where this is 1, as fused ones do for torch.amp.GradScaler.
+        # 1 makes fused optimizers skip the step without asking the device, as torch.amp.GradScaler has it.
         optimizer.found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step, seconds = step + 1, clock.training()
+        step, (stop, seconds) = step + 1, run.agree(clock.training())
         ema.update(model, step)
         run.record(step, loss=loss, grad_norm=grad_norm, lr=cfg.lr * pace, seconds=seconds)
-        stop = run.stopping
-        if world > 1:  # all processes stop at the same step
-            agreed = torch.tensor([stop, seconds], dtype=torch.float64)
-            dist.all_reduce(agreed, dist.ReduceOp.MAX)
-            stop, seconds = agreed.tolist()
 
-        ends = done() >= 1 or stop
-        if ends or step % cfg.log_every == 0:
+        save = stop or done() >= 1 or due(cfg.save_every)
+        if save or due(cfg.log_every):
             run.flush(done())
-        due = {e: e and step % e == 0 for e in (cfg.eval_every, cfg.save_every, cfg.sample_every)}
-        if ends or any(due.values()):
-            clock.lap("train")
-        if due[cfg.eval_every] or (cfg.eval_every and done() >= 1):
-            run.validate(step, **evaluate(ema.model, stored_held_out, held_out.labels, *place))
-            clock.lap("evaluate")
-        if due[cfg.save_every] or ends:
-            run.flush(done())
-            run.save(model, ema, optimizer, seconds)
-            clock.lap("save")
-        if due[cfg.sample_every] or done() >= 1:
-            z, history = sample_classes(ema.model, *place)
-            if rank == 0:
-                run.pictures(f"step_{step:08d}", decode(z, cfg), [decode(h[:50], cfg) for h in history])
-                run.pictures(f"step_{step:08d}_latents", colours(z))
-            clock.lap("sample")
-        if stop and done() < 1:
-            if world > 1:  # a launcher ends all when one has left: not before the checkpoint is there
-                dist.barrier()
-            common.say(f"stopped by a signal after step {step}; go on with --resume {run.dir}")
-            sys.exit(common.PREEMPTED)
-    run.close(clock)
-    if world > 1:
-        dist.destroy_process_group()
+        if due(cfg.eval_every):
+            with clock.apart("evaluate"):
+                labels = held_out.labels
+                run.validate(step, *evaluate(ema.model, stored_held_out, labels, cfg, device, rank, world))
+        if save:
+            with clock.apart("save"):
+                run.save(model, ema, optimizer, seconds)
+        if due(cfg.sample_every):
+            with clock.apart("sample"):
+                z, history = sample_classes(ema.model, cfg, device)
+                if rank == 0:
+                    run.pictures(f"step_{step:08d}", decode(z, cfg), [decode(h[:50], cfg) for h in history])
+                    rgb = z[:, : 3 if z.shape[1] > 2 else 1] / 3  # three deviations either way
+                    run.pictures(f"step_{step:08d}_latents", rgb)
+    run.close(clock, model, dtype, finished=done() >= 1)
 
 
 def sample_run(cfg):
@@ -924,8 +833,6 @@ def sample_run(cfg):
     check(cfg)
     device, run = common.pick_device(cfg.device), common.find_run(cfg.sample)
     state = common.newest_checkpoint(cfg.sample)
-    if state is None:
-        raise UserError(f"{cfg.sample} has no checkpoint yet; wait for its first, or --resume it")
     if (run / "code" / "vae").exists():
         cfg = replace(cfg, vae_path=str(run / "code" / "vae"))
     model = build_model(cfg).to(device).eval()

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import difflib
 import errno
 import fcntl
@@ -28,8 +29,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import yaml
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
@@ -64,6 +67,27 @@ def why(e):
     return (str(e).splitlines() or [type(e).__name__])[0][:120]
 
 
+def need(ok, text):
+    """Raises UserError(text) unless ok."""
+    if not ok:
+        raise UserError(text)
+
+
+def in_range(cfg, names, low, high=math.inf):
+    """Raises UserError unless these flags, separated by spaces, are numbers in [low, high]."""
+    bounds = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+    for name in names.split():
+        value = getattr(cfg, name)
+        need(low <= value <= high, f"{_flag(name)} is {value}; give {bounds}")
+
+
+def positive(cfg, names):
+    """Raises UserError unless these flags, separated by spaces, are positive and finite."""
+    for name in names.split():
+        value = getattr(cfg, name)
+        need(0 < value < math.inf, f"{_flag(name)} is {value}; give a positive number")
+
+
 def derived(default):
     """A field of Config that follows from the dataset: stored with the flags, but not a flag itself."""
     return field(default=default, metadata={"derived": True})
@@ -92,9 +116,8 @@ def parse(Config, doc, argv=None):
     hints = typing.get_type_hints(Config)
     helps = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(Config), re.M))
     flags = {f.name: f.default for f in fields(Config) if not f.metadata}
-    parser = _Parser(
-        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(description=doc, allow_abbrev=False, formatter_class=layout)
     for name, default in flags.items():
         hint, kind = hints[name], {"help": f"{helps.get(name, '')} [{default}]".replace("%", "%%")}
         if hint is bool:
@@ -102,7 +125,8 @@ def parse(Config, doc, argv=None):
         elif typing.get_origin(hint) is typing.Literal:
             kind["choices"] = typing.get_args(hint)
         elif typing.get_origin(hint) is tuple:
-            kind |= {"nargs": "*", "type": typing.get_args(hint)[0], "metavar": "N"}
+            of = typing.get_args(hint)  # tuple[float, ...] takes any number of them, tuple[float, float] two
+            kind |= {"nargs": "*" if of[-1] is ... else len(of), "type": of[0], "metavar": "N"}
         else:
             kind |= {"type": hint, "metavar": hint.__name__.upper()}
         parser.add_argument(_flag(name), default=argparse.SUPPRESS, **kind)
@@ -117,8 +141,7 @@ def parse(Config, doc, argv=None):
 
     given = read(argv)
     modes = [m for m in sorted(INVOCATION) if given.get(m)]
-    if len(modes) > 1:
-        raise UserError(f"--{modes[0]} and --{modes[1]} contradict each other; give one of them")
+    need(len(modes) < 2, f"--{' and --'.join(modes)} contradict each other; give one of them")
     if not modes:
         return Config(**given)
     mode = modes[0]
@@ -126,14 +149,10 @@ def parse(Config, doc, argv=None):
     try:
         stored = dict(yaml.safe_load(file.read_text())["config"])
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as e:
-        raise UserError(
-            f"{file} is no readable run.yaml ({why(e)}); give one that a run has written"
-        ) from None
-    arguments, rest = [], {}
-    for (
-        key,
-        value,
-    ) in stored.items():  # the file's flags are read as if typed: the same types, the same errors
+        text = f"{file} is no readable run.yaml ({why(e)}); give one that a run has written"
+        raise UserError(text) from None
+    arguments, rest = [], {}  # the file's flags are read as if typed: the same types, the same errors
+    for key, value in stored.items():
         if key in hints and key not in flags:
             rest[key] = tuple(value) if isinstance(value, list) else value
         elif isinstance(value, bool):
@@ -148,10 +167,8 @@ def parse(Config, doc, argv=None):
         raise UserError(f"{file}: {e}") from None
     for key, value in given.items():
         was = stored.get(key, flags[key])
-        if mode != "config" and key not in MAY_CHANGE[mode] | INVOCATION and value != was:
-            raise UserError(
-                f"{_flag(key)} {value} is not the run's ({was}); leave it out, or start a new run"
-            )
+        ok = mode == "config" or key in MAY_CHANGE[mode] | INVOCATION or value == was
+        need(ok, f"{_flag(key)} {value} is not the run's ({was}); leave it out, or start a new run")
     return Config(**(stored | given))
 
 
@@ -165,12 +182,29 @@ def seed_of(*key):
 
 
 def pick_device(name):
-    """`auto` -> cuda, mps or cpu; under torchrun each process takes its own GPU. Raises UserError."""
+    """`auto` -> cuda, mps or cpu; under torchrun each process takes a GPU of its own, from then on the one
+    that CUDA calls without a device mean. On a CPU, freed memory is kept. Raises UserError."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(n for n in have if have[n]) if name == "auto" else name
-    if not have[name]:
-        raise UserError(f"--device {name}: PyTorch finds none on this machine; give --device cpu")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    need(have[name], f"--device {name}: PyTorch finds none on this machine; give --device cpu")
+    if name == "cpu":
+        keep_memory()
+    if name != "cuda":
+        return torch.device(name)
+    rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    text = f"there are {count} GPUs here, but a process {rank + 1}; give torchrun --nproc-per-node={count}"
+    need(rank < count, f"{text}, or --device cpu")
+    torch.cuda.set_device(rank)  # else nccl's barriers, and some memory of each process, go to the first
+    return torch.device(name, rank)
+
+
+def keep_memory():
+    """Where C's library is glibc, has it keep what is freed: a step needs as much as the last, and the kernel
+    would clear each page of it anew (8% of a step of a DiT of dim 384, depth 3, on two cores)."""
+    with contextlib.suppress(AttributeError, OSError):  # another library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap like the rest
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def device_facts(device):
@@ -181,6 +215,33 @@ def device_facts(device):
     model = re.search(r"model name\s*:\s*(.+)", info)
     name = f"{model[1] if model else device.type}, {torch.get_num_threads()} threads"
     return name, bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", info))
+
+
+def compiled(net, trial, cfg, device):
+    """torch.compile(net), or net itself where that is not worth while or trial(compiled net) fails.
+
+    trial is a pass whose gradients are dropped. A short run does not earn back the minute that this can take.
+    It comes before DistributedDataParallel: one graph, after whose end the gradients are exchanged.
+    """
+    long = cfg.steps >= 500 and not 0 < cfg.minutes < 1
+    if cfg.compile == "off" or (cfg.compile == "auto" and (not long or device.type == "mps")):
+        return net
+    try:
+        fast = torch.compile(net)
+        trial(fast)
+        return fast
+    except Exception as e:
+        if cfg.compile == "on":
+            raise
+        print(f"compile not possible here ({why(e)}); going on without", flush=True)
+        return net
+
+
+def send(x, device):
+    """x on device; to a GPU from pinned memory, as a copy from other memory waits for all of its work."""
+    if device.type != "cuda":
+        return x.to(device)
+    return (x if x.is_cuda else x.pin_memory()).to(device, non_blocking=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -209,14 +270,14 @@ class Stream:
     rows is a list or tensor of integers. What is unreadable comes out black, and `bad` says why: {row: text}.
     """
 
-    def __init__(self, shape, read, identity):
-        self.shape, self.read, self.identity, self.bad = shape, read, identity, {}
+    def __init__(self, shape, read, identity, bad):
+        self.shape, self.read, self.identity, self.bad = shape, read, identity, bad
 
     def __len__(self):
         return self.shape[0]
 
     def __getitem__(self, rows):
-        return self.read([int(i) for i in rows])
+        return self.read(torch.as_tensor(rows).tolist())
 
 
 def load_dataset(name, data_root="", split="train", image_size=0, channels=0, most=math.inf):
@@ -227,10 +288,10 @@ def load_dataset(name, data_root="", split="train", image_size=0, channels=0, mo
     Raises UserError when it cannot be had.
     """
     root = Path(data_root or os.environ.get("DIFFUSION_DATA") or "data")
-    if channels not in (0, 1, 3):
-        raise UserError(f"--channels is {channels}; give 1 (gray), 3 (colour) or 0 (as the dataset is)")
-    if not 0 <= image_size <= 4096:
-        raise UserError(f"--image-size is {image_size}; give the side in pixels, or 0 for the dataset's own")
+    text = f"--channels is {channels}; give 1 (gray), 3 (colour) or 0 (as the dataset is)"
+    need(channels in (0, 1, 3), text)
+    text = f"--image-size is {image_size}; give the side in pixels, or 0 for the dataset's own"
+    need(0 <= image_size <= 4096, text)
     if name in ("mnist", "cifar10"):
         data = _torchvision(name, root, split)
     elif name == "digits":
@@ -238,9 +299,8 @@ def load_dataset(name, data_root="", split="train", image_size=0, channels=0, mo
     elif Path(name).exists():
         data = _files(Path(name), split, image_size, most)
     else:
-        raise UserError(
-            f"there is no dataset {name}; give mnist, cifar10, digits, or a folder or .zip of images"
-        )
+        text = f"there is no dataset {name}; give mnist, cifar10, digits, or a folder or .zip of images"
+        raise UserError(text)
 
     def fit(x):  # uint8 [n, C, H, W] to the size and channels that are asked for
         if image_size and x.shape[-1] != image_size:
@@ -252,8 +312,8 @@ def load_dataset(name, data_root="", split="train", image_size=0, channels=0, mo
 
     x, shape = data.images, (channels or data.images.shape[1], *[image_size or data.images.shape[-1]] * 2)
     if isinstance(x, Stream) or len(x) * math.prod(shape) > most:
-        data.images = Stream((len(x), *shape), lambda rows: fit(x[rows]), data.digest().encode())
-        data.images.bad = getattr(x, "bad", {})
+        bad, identity = getattr(x, "bad", {}), data.digest().encode()
+        data.images = Stream((len(x), *shape), lambda rows: fit(x[rows]), identity, bad)
     else:
         data.images = fit(x)
     return data
@@ -267,7 +327,10 @@ def _torchvision(name, root, split):
         try:
             data = kind(root, train=split == "train")
         except RuntimeError:  # torchvision's way of saying "not found or corrupted"
-            data = kind(root, train=split == "train", download=True)
+            root.mkdir(parents=True, exist_ok=True)
+            with open(root / f".{name}.lock", "w") as file:  # of several processes one downloads
+                lock(file, wait=True)
+                data = kind(root, train=split == "train", download=True)
     except (OSError, RuntimeError, ValueError, EOFError) as e:
         text = f"{name} is not in {root.resolve()} and cannot be downloaded ({why(e)}); "
         raise UserError(text + "give its folder with --data-root, or train on --dataset digits") from None
@@ -293,9 +356,7 @@ def _digits(split, size, channels):
         m = 31 / size * zoom[i] * turn @ np.array([[1, shear[i]], [0, aspect[i]]])
         shift = 48 - m @ [size * (1 + 2 * dx[i]), size * (1 + 2 * dy[i])]
         affine = (*m[0], shift[0], *m[1], shift[1])
-        big = glyphs[i % 10, stroke[i]].transform(
-            (2 * size,) * 2, Image.Transform.AFFINE, affine, Image.BILINEAR
-        )
+        big = glyphs[i % 10, stroke[i]].transform((2 * size,) * 2, Image.AFFINE, affine, Image.BILINEAR)
         ink = np.asarray(big).reshape(size, 2, size, 2).mean((1, 3))[..., None] / 255
         ink = ink * rng.normal(1, 0.06, (size, size, 1))
         paper, pen = (0, 255) if channels == 1 else (rng.uniform(0, 90, 3), rng.uniform(150, 255, 3))
@@ -315,28 +376,19 @@ def _files(root, split, size, most):
     root = twin if has_twin and split == "test" else root
     try:
         if root.is_dir():
-            names, read = (
-                [str(f.relative_to(root)) for f in root.rglob("*")],
-                lambda n: (root / n).read_bytes(),
-            )
-            identity = lambda n: [n, os.stat(root / n).st_size, os.stat(root / n).st_mtime_ns]  # noqa: E731
+            files = {str(f.relative_to(root)): f for f in root.rglob("*")}
+            read, identity = Path.read_bytes, lambda f: [f.stat().st_size, f.stat().st_mtime_ns]
         else:  # read member by member and never extracted: no name can lead outside
             archive = zipfile.ZipFile(root)
-            infos = {i.filename: i for i in archive.infolist()}
-            names, read = list(infos), lambda n: archive.read(n) if infos[n].file_size < 1 << 28 else b""
-            identity = lambda n: [n, infos[n].CRC]  # noqa: E731
+            files = {i.filename: i for i in archive.infolist()}
+            read = lambda i: archive.read(i) if i.file_size < 1 << 28 else b""  # noqa: E731
+            identity = lambda i: [i.CRC]  # noqa: E731
     except (OSError, zipfile.BadZipFile) as e:
-        raise UserError(
-            f"{root} is no readable folder or .zip ({why(e)}); give one that holds images"
-        ) from None
-    kinds = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-    names = sorted(
-        n for n in names if n.lower().endswith(kinds) and not re.search(r"(^|/)(\.[^./]|__MACOSX)", n)
-    )
-    if not names:
-        raise UserError(
-            f"there is no image ({' '.join(kinds)}) in {root}; give a folder or .zip that holds some"
-        )
+        text = f"{root} is no readable folder or .zip ({why(e)}); give one that holds images"
+        raise UserError(text) from None
+    kinds, hidden = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"), r"(^|/)(\.[^./]|__MACOSX)"
+    names = sorted(n for n in files if n.lower().endswith(kinds) and not re.search(hidden, n))
+    need(names, f"there is no image ({' '.join(kinds)}) in {root}; give a folder or .zip that holds some")
     classes = {c: i for i, c in enumerate(sorted({Path(n).parent.name for n in names}))}
     tops = {Path(n).parts[0] for n in names}
     held = next((t for t in ("test", "val") if {"train", t} <= tops), None)
@@ -347,43 +399,37 @@ def _files(root, split, size, most):
 
     def load(name, size):  # -> (uint8 [size, size, 3], gray?), or what is wrong
         try:
-            return decode_image(read(name), size)
+            return decode_image(read(files[name]), size)
         except Exception as e:  # damaged files raise nearly anything; each is counted and named
             return f"{name} ({why(e)})"
 
     found = (load(n, 0) for n in names) if size == 0 else ()
     size = size or next((len(x[0]) for x in found if isinstance(x, tuple)), 1)
-    shape, labels = (len(names), 3, size, size), [classes[Path(n).parent.name] for n in names]
-    if math.prod(shape) > most:
-        pool, black = ThreadPoolExecutor(os.cpu_count()), np.zeros((size, size, 3), np.uint8)
+    labels, bad, grays = torch.tensor([classes[Path(n).parent.name] for n in names]), {}, set()
+    pool = ThreadPoolExecutor(os.cpu_count())  # decoding leaves Python's lock
 
-        def read_rows(rows):
-            found = list(pool.map(lambda i: load(names[i], size), rows))
-            stream.bad |= {i: x for i, x in zip(rows, found, strict=True) if isinstance(x, str)}
-            found = np.stack([black if isinstance(x, str) else x[0] for x in found])
-            return torch.from_numpy(found).permute(0, 3, 1, 2)
-
-        stream = Stream(shape, read_rows, repr([size, [identity(n) for n in names]]).encode())
-        return Dataset(root.stem, stream, torch.tensor(labels), list(classes), flip=True)
-
-    images, grays, labels, bad = np.empty((len(names), size, size, 3), np.uint8), [], [], []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding leaves Python's lock
-        for name, x in zip(names, pool.map(functools.partial(load, size=size), names), strict=True):
-            if isinstance(x, str):
-                bad.append(x)
+    def read_rows(rows):
+        x = np.zeros((len(rows), size, size, 3), np.uint8)
+        for i, found in enumerate(pool.map(lambda row: load(names[row], size), rows)):
+            if isinstance(found, str):
+                bad[rows[i]] = found
             else:
-                images[len(labels)] = x[0]
-                grays.append(x[1])
-                labels.append(classes[Path(name).parent.name])
-    if len(bad) > 0.01 * len(names):
-        raise UserError(
-            f"{len(bad)} of {len(names)} images in {root} are unreadable: {bad[0]}...; remove them"
-        )
+                x[i] = found[0]
+                grays.add(found[1])
+        return torch.from_numpy(x).permute(0, 3, 1, 2)
+
+    if 3 * size**2 * len(names) > most:
+        key = repr([size, [[n, *identity(files[n])] for n in names]]).encode()
+        images = Stream((len(names), 3, size, size), read_rows, key, bad)
+        return Dataset(root.stem, images, labels, list(classes), flip=True)
+    images = read_rows(range(len(names)))
+    text = f"{len(bad)} of {len(names)} images in {root} are unreadable: {', '.join([*bad.values()][:5])}"
+    need(len(bad) <= 0.01 * len(names), f"{text}; remove them")
     if bad:
-        say(f"warning: left out {len(bad)} unreadable of {len(names)} images: {', '.join(bad[:5])}")
-    images = images[: len(labels), ..., : 1 if all(grays) else 3]
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return Dataset(root.stem, images, torch.tensor(labels), list(classes), flip=True)
+        say(f"warning: {text}; left out")
+    images = images[:, : 1 if grays == {True} else 3].contiguous()
+    fine = torch.tensor([i not in bad for i in range(len(names))])
+    return Dataset(root.stem, images[fine], labels[fine], list(classes), flip=True)
 
 
 def decode_image(data, size):
@@ -415,12 +461,12 @@ class Order:
     """
 
     def __init__(self, n, bs, seed, device="cpu"):
-        self.n, self.bs, self.seed, self.device = n, bs, seed, device
+        self.n, self.bs, self.seed, self.device = n, bs, seed, torch.device(device)
         self.epoch = functools.lru_cache(2)(self._epoch)
 
     def _epoch(self, epoch):
         generator = torch.Generator().manual_seed(seed_of(self.seed, "data", epoch))
-        return torch.randperm(self.n, generator=generator).to(self.device)
+        return send(torch.randperm(self.n, generator=generator), self.device)
 
     def __call__(self, step):
         i, end, parts = step * self.bs, (step + 1) * self.bs, []
@@ -431,9 +477,9 @@ class Order:
         return torch.cat(parts)
 
     def mirrored(self, step):
-        """Which of them are to be flipped, bool [bs] on the CPU."""
-        generator = torch.Generator().manual_seed(seed_of(self.seed, "flip", step))
-        return torch.rand(self.bs, generator=generator) < 0.5
+        """Which of them are to be flipped, bool [bs]."""
+        generator = torch.Generator(self.device).manual_seed(seed_of(self.seed, "flip", step))
+        return torch.rand(self.bs, generator=generator, device=self.device) < 0.5
 
 
 class Batches:
@@ -443,16 +489,16 @@ class Batches:
     """
 
     def __init__(self, data, bs, seed, device, rank=0, world=1):
-        self.images, self.labels, self.flip = data.images.to(device), data.labels.to(device), data.flip
+        self.images = data.images.to(device) if torch.is_tensor(data.images) else data.images
+        self.labels, self.flip = data.labels.to(device), data.flip
         self.order = Order(len(self.images), bs, seed, device)
         self.mine = slice(rank * bs // world, (rank + 1) * bs // world)
 
     def __call__(self, step):
         rows = self.order(step)[self.mine]
-        x = self.images[rows].float() / 127.5 - 1
+        x = self.images[rows].to(rows.device).float() / 127.5 - 1
         if self.flip:
-            mirror = self.order.mirrored(step)[self.mine].to(x.device)
-            x = torch.where(mirror.view(-1, 1, 1, 1), x.flip(-1), x)
+            x = torch.where(self.order.mirrored(step)[self.mine].view(-1, 1, 1, 1), x.flip(-1), x)
         return x, self.labels[rows]
 
 
@@ -464,9 +510,8 @@ def time_embedding(t, dim, max_period=10_000.0):
     """Sinusoids of t in [0, 1]: [B] -> float32 [B, dim] (Vaswani et al. 2017, sec. 3.5)."""
     half = dim // 2
     freqs = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
-    angle = (
-        1000 * t.float()[:, None] * freqs
-    )  # made for integers up to 1000; of t itself, most would be constant
+    # The frequencies are made for integers up to 1000; of t itself, most sinusoids would be constant.
+    angle = 1000 * t.float()[:, None] * freqs
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
@@ -508,6 +553,20 @@ def find_run(path):
     return run
 
 
+def lock(file, wait=False):
+    """Locks an open file, which the system undoes however the process ends. False: another process has it.
+
+    On a file system without locks everyone gets it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 def write_atomically(path, write):
     """write(file) into a temporary file beside path, then rename: path is whole or as it was before."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -517,6 +576,8 @@ def write_atomically(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except RuntimeError as e:  # torch.save hides a full disk behind an error of its own
+        raise (e.__context__ if isinstance(e.__context__, OSError) else e) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -535,11 +596,12 @@ def load_checkpoint(path):
         raise UserError(f"{path} cannot be loaded ({why(e)}); give another checkpoint") from None
 
 
-def newest_checkpoint(path):
-    """The state in a file, or in the newest undamaged checkpoint of a run; None if it has none yet."""
+def newest_checkpoint(path, none_yet=False):
+    """The state in a file, or in the newest undamaged checkpoint of a run, which may have none_yet: None."""
     if str(path).endswith(".pt"):
         return load_checkpoint(path)
     found = sorted((find_run(path) / "checkpoints").glob("step_*.pt"), reverse=True)
+    need(found or none_yet, f"{path} has no checkpoint yet; wait for its first, or --resume it")
     for i, file in enumerate(found):
         try:
             return load_checkpoint(file)
@@ -548,6 +610,15 @@ def newest_checkpoint(path):
                 raise
             say(f"warning: {str(e).split(';')[0]}; using {found[i + 1]}")
     return None
+
+
+def commit():
+    """Of this repository, with "-dirty" where files differ from it; "" where there is none, or no git."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 class Tee:
@@ -579,6 +650,13 @@ class Clock:
         self.seconds[purpose] = self.seconds.get(purpose, 0.0) + now - self.last
         self.last = now
 
+    @contextlib.contextmanager
+    def apart(self, purpose):
+        """Books the time inside on this purpose, and what came before on training."""
+        self.lap("train")
+        yield
+        self.lap(purpose)
+
     def training(self):
         """Seconds of training so far, the time since the last lap included; does not wait for the device."""
         return self.seconds["train"] + time.perf_counter() - self.last
@@ -593,9 +671,10 @@ class Run:
 
     def __init__(self, cfg, script, method, backbone, rank=0):
         self.cfg, self.rank, self.pending, self.stopping, self.dir = cfg, rank, [], False, None
-        self.state = newest_checkpoint(cfg.resume) if cfg.resume else None
+        self.state = newest_checkpoint(cfg.resume, none_yet=True) if cfg.resume else None
         old = self.state or {"step": 0, "skipped": 0, "seconds": 0.0}
         self.step, self.skipped, self.seconds = old["step"], old["skipped"], old["seconds"]
+        self.first, self.seconds_before = self.step, self.seconds
         self.streak, self.printed = 0, time.monotonic()
         # What `config` in run.yaml and checkpoints holds: everything but how this process was started.
         self.config = {k: v for k, v in asdict(cfg).items() if k not in INVOCATION}
@@ -605,11 +684,7 @@ class Run:
             return
         self.dir = find_run(cfg.resume) if cfg.resume else self._make(method, backbone)
         files = [open(self.dir / name, "a") for name in ("run.out", "run.err")]
-        try:
-            fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it however the run ends
-        except OSError:
-            text = f"{self.dir} is in use by another process"
-            raise UserError(f"{text}; wait for it, or start a new run") from None
+        need(lock(files[0]), f"{self.dir} is in use by another process; wait for it, or start a new run")
         if cfg.resume:
             self._rewind()
         else:
@@ -617,11 +692,8 @@ class Run:
                 shutil.copy2(source, self.dir / "code")
         self.bar = tqdm(total=100, bar_format="{l_bar}{bar}| {desc}", disable=not sys.stderr.isatty())
         sys.stdout, sys.stderr = Tee(sys.stdout, files[0]), Tee(sys.stderr, files[1])
-        if job := os.environ.get(
-            "DIFFUSION_JOB"
-        ):  # slurm/run.sh: so that each of run and job names the other
-            text = f"{self.dir.resolve()}\n".encode()
-            write_atomically(Path(job), lambda f: f.write(text))
+        if job := os.environ.get("DIFFUSION_JOB"):  # of slurm/run.sh; run and job name each other
+            write_atomically(Path(job), lambda f: f.write(f"{self.dir.resolve()}\n".encode()))
             say(f"job     {os.environ.get('DIFFUSION_JOB_LOG')}")
 
     def _stop(self, number, _):
@@ -661,11 +733,10 @@ class Run:
         """Writes run.yaml (at the start of a run) and prints its summary."""
         if self.rank:
             return
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
         count, shape = sum(p.numel() for p in model.parameters()), "x".join(map(str, data.images.shape[1:]))
         facts = {
             "command": " ".join(sys.argv),
-            "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+            "commit": commit(),
             "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
             "device": device_facts(device)[0],
             "dataset": f"{data.name}, {len(data.labels)} images {shape}, blake2b {data.digest()}",
@@ -674,9 +745,13 @@ class Run:
             "config": {k: list(v) if isinstance(v, tuple) else v for k, v in self.config.items()},
         }
         if (self.dir / "run.yaml").exists():
-            was = (yaml.safe_load((self.dir / "run.yaml").read_text()) or {}).get("processes")
-            if "processes" in more and was not in (None, more["processes"]):
-                say(f"note    {was} processes before, now {more['processes']}: not bit for bit the same run")
+            was = facts | (yaml.safe_load((self.dir / "run.yaml").read_text()) or {})
+            if (before := was.get("processes")) != (now := facts.get("processes")):
+                say(f"note    {before} processes before, now {now}: not bit for bit the same run")
+            if was["dataset"] != facts["dataset"]:
+                text = f"the dataset is not the run's: {facts['dataset']} now, {was['dataset']} before"
+                need(isinstance(data.images, Stream), f"{text}; restore it, or start a new run")
+                say(f"note    {text}")  # by the files' dates, too, which copying may change
         else:
             text = yaml.safe_dump(facts, sort_keys=False)
             write_atomically(self.dir / "run.yaml", lambda f: f.write(text.encode()))
@@ -684,6 +759,15 @@ class Run:
         say(f"data    {data.name}, {len(data.labels):,} images {shape}, {len(data.classes)} classes")
         say(f"device  {facts['device']}; " + ", ".join(f"{k} {v}" for k, v in more.items()))
         say(f"folder  {self.dir}" + (f", going on after step {self.step}" if self.step else ""))
+
+    def agree(self, seconds):
+        """(has a signal asked to stop?, seconds of training), the same in all processes."""
+        if not dist.is_initialized():
+            return self.stopping, seconds
+        agreed = torch.tensor([self.stopping, seconds], dtype=torch.float64)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        stop, seconds = agreed.tolist()
+        return bool(stop), seconds
 
     def record(self, step, **values):
         """Keeps a step's numbers, which may still be on their way on the device, for the next flush()."""
@@ -697,9 +781,8 @@ class Run:
         """
         if not self.pending:
             return
-        numbers = torch.stack(
-            [v.float() for x in self.pending for v in x.values() if torch.is_tensor(v)]
-        ).tolist()
+        tensors = [v.float() for x in self.pending for v in x.values() if torch.is_tensor(v)]
+        numbers = torch.stack(tensors).tolist()
         lines = [{k: numbers.pop(0) if torch.is_tensor(v) else v for k, v in x.items()} for x in self.pending]
         rate = self.cfg.bs * len(lines) / max(lines[-1]["seconds"] - self.seconds, 1e-9)
         self.seconds, self.pending = lines[-1]["seconds"], []
@@ -711,7 +794,7 @@ class Run:
             if bad:  # JSON knows no NaN
                 x |= {"loss": None, "grad_norm": None, "skipped": True}
             if self.streak == 10:
-                self._append("loss.jsonl", lines)
+                self._append("loss.jsonl", lines[: lines.index(x) + 1])
                 text = f"error: loss or gradient not finite in ten steps in a row, up to step {x['step']}"
                 sys.exit(f"{text}; try a smaller --lr, or --dtype float32")  # status 1
         self._append("loss.jsonl", lines)
@@ -731,11 +814,19 @@ class Run:
             with open(self.dir / "metrics" / name, "a") as f:
                 f.writelines(json.dumps(x) + "\n" for x in lines)
 
-    def validate(self, step, **values):
-        """Appends to val.jsonl (loss, and loss_t: by ten time bins) and redraws metrics/curves.png."""
-        self._append("val.jsonl", [{"step": step, **values}])
+    def validate(self, step, losses, t):
+        """Appends held-out losses [n] at times t [n] to val.jsonl, by tenths of time too; redraws curves.png.
+
+        Each process brings its share of the losses, and 0 for the rest.
+        """
+        if dist.is_initialized():
+            dist.all_reduce(losses)
+        losses, tenth = losses.cpu(), (10 * t).ceil()
+        bins, loss = [losses[tenth == i] for i in range(1, 11)], losses.mean().item()
+        by_time = [x.mean().item() if len(x) else None for x in bins]
+        self._append("val.jsonl", [{"step": step, "loss": loss, "loss_t": by_time}])
         if self.rank == 0:
-            say(f"step {step}  held-out loss {values['loss']:.4f}")
+            say(f"step {step}  held-out loss {loss:.4f}")
             with harmless("the curves"):
                 draw_curves(self.dir / "metrics")
 
@@ -743,16 +834,22 @@ class Run:
         """Writes checkpoints/step_X.pt, whole or not at all, and removes all but the newest --keep."""
         if self.rank:
             return
-        state = {
-            "model": model.state_dict(),
-            "ema": ema.model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
-        state |= {"step": self.step, "config": self.config, "skipped": self.skipped, "seconds": seconds}
+        state = {"model": model.state_dict(), "ema": ema.model.state_dict()}
+        state |= {"optimizer": optimizer.state_dict(), "step": self.step, "config": self.config}
+        state |= {"skipped": self.skipped, "seconds": seconds}
         home = self.dir / "checkpoints"
         write_atomically(home / f"step_{self.step:08d}.pt", lambda f: torch.save(state, f))
         for old in sorted(home.glob("step_*.pt"))[: -self.cfg.keep]:
             old.unlink()
+
+    def restore(self, model, ema, optimizer, clock):
+        """What save() wrote, if the run goes on from a checkpoint."""
+        if self.state:
+            model.load_state_dict(self.state["model"])
+            ema.model.load_state_dict(self.state["ema"])
+            optimizer.load_state_dict(self.state["optimizer"])
+            clock.seconds["train"] = self.state["seconds"]
+            self.state = None  # which memory need not hold on to
 
     def pictures(self, name, images, history=()):
         """samples/NAME.png and, of a history, NAME.gif, see save_pictures."""
@@ -760,12 +857,51 @@ class Run:
             with harmless("the pictures"):
                 save_pictures(self.dir / "samples" / name, images, history)
 
-    def close(self, clock):
-        """Prints where the time went and where to look."""
-        if self.rank == 0:
-            self.bar.close()
-            say("time    " + ", ".join(f"{k} {v:.1f} s" for k, v in clock.seconds.items()))
-            say(f"look at {self.dir}/samples and {self.dir}/metrics/curves.png")
+    def close(self, clock, model, dtype, finished=True):
+        """Prints how fast it was, where the time went and where to look. Ends the processes' group.
+
+        Where a signal and not the end of the run is the reason, exits with status PREEMPTED.
+        """
+        if dist.is_initialized():  # a launcher ends all when one has left: not before the checkpoint is there
+            dist.barrier()
+            dist.destroy_process_group()
+        if not finished:
+            say(f"stopped by a signal after step {self.step}; go on with --resume {self.dir}")
+            sys.exit(PREEMPTED)
+        if self.rank:
+            return
+        self.bar.close()
+        if self.step > self.first:
+            images = (self.step - self.first) * self.cfg.bs / int(os.environ.get("WORLD_SIZE", 1))
+            rate = images / (clock.seconds["train"] - self.seconds_before)
+            per_image, peak = training_flops(model, self.cfg.shape), matmul_rate(clock.device, dtype)
+            tflops, peak = per_image * rate / 1e12, peak / 1e12
+            facts = {"step": self.step, "images_per_s": rate, "tflops": tflops}
+            self._append("speed.jsonl", [facts | {"tflops_of_a_product": peak, "mfu": tflops / peak}])
+            text = f"speed   {rate:.1f} images/s a process, {tflops:.3g} TFLOP/s, {tflops / peak:.0%} of the "
+            say(text + f"{peak:.3g} of a large product in {str(dtype)[6:]}")
+        say("time    " + ", ".join(f"{k} {v:.1f} s" for k, v in clock.seconds.items()))
+        say(f"look at {self.dir}/samples and {self.dir}/metrics/curves.png")
+
+
+def training_flops(model, shape):
+    """FLOP of a training step of one image of this shape: three forward passes, counted on no data."""
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
+        deepcopy(model).to("meta")(torch.empty(1, *shape), torch.empty(1), torch.empty(1, dtype=torch.long))
+    return 3 * counter.get_total_flops()
+
+
+def matmul_rate(device, dtype):
+    """FLOP/s of the product of two large square matrices, the best of a few: what this device can reach."""
+    # Without hardware for it, bfloat16 is a hundred times slower at any size: a small product tells as much.
+    emulated = dtype == torch.bfloat16 and not device_facts(device)[1]
+    n, best = 8192 if device.type == "cuda" else 256 if emulated else 2048, math.inf
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    for _ in range(10):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
 
 
 @contextlib.contextmanager
@@ -790,9 +926,8 @@ def save_pictures(path, images, history=(), columns=10):
     picture(images).save(f"{path}.png")
     if not len(history):
         return
-    colours = (
-        16 if images.shape[1] == 1 else 128
-    )  # noise compresses badly: fewer colours, a third of the bytes
+    # Noise compresses badly: with fewer colours it takes a third of the bytes.
+    colours = 16 if images.shape[1] == 1 else 128
     first, *others = [picture(x[:50]).quantize(colours, dither=Image.Dither.NONE) for x in history]
     durations = [4000 // len(history)] * len(others) + [2000]  # rests on the last
     first.save(f"{path}.gif", save_all=True, append_images=others, duration=durations, loop=0)
