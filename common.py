@@ -425,11 +425,12 @@ def _files(root, split, size, most):
     images = read_rows(range(len(names)))
     text = f"{len(bad)} of {len(names)} images in {root} are unreadable: {', '.join([*bad.values()][:5])}"
     need(len(bad) <= 0.01 * len(names), f"{text}; remove them")
+    images = images[:, : 1 if grays == {True} else 3].contiguous()
     if bad:
         say(f"warning: {text}; left out")
-    images = images[:, : 1 if grays == {True} else 3].contiguous()
-    fine = torch.tensor([i not in bad for i in range(len(names))])
-    return Dataset(root.stem, images[fine], labels[fine], list(classes), flip=True)
+        fine = torch.tensor([i not in bad for i in range(len(names))])
+        images, labels = images[fine], labels[fine]
+    return Dataset(root.stem, images, labels, list(classes), flip=True)
 
 
 def decode_image(data, size):

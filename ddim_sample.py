@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import common
-from common import UserError, seed_of
+from common import UserError, need, seed_of
 
 # ------------------------------------------------------------------------------------------------
 # Flags: the only place a default lives; the comment is the help
@@ -91,8 +91,7 @@ def check(flags):
         (flags.interpolate == 1, "--interpolate is 1; give at least 2 images a row"),
         (flags.num > 1000 and not files, "--num: no picture holds so many; add --npz or --png"),
     ]:
-        if wrong:
-            raise UserError(text)
+        need(not wrong, text)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -207,8 +206,7 @@ def load_script(run):
     """The script in RUN/code as a module; from then on `import common` means the one beside it."""
     theirs = run / "code" / "common.py"
     found = [f for f in (run / "code").glob("*.py") if f != theirs and "build_model" in f.read_text()]
-    if len(found) != 1:
-        raise UserError(f"{run}/code holds {len(found)} scripts with build_model(), not one; restore it")
+    need(len(found) == 1, f"{run}/code holds {len(found)} scripts with build_model(), not one; restore it")
     sys.path.insert(0, str(run / "code"))
     sys.dont_write_bytecode = True  # the run's folder is left as it is
     for name, file in {"common": theirs, "run_script": found[0]}.items():
@@ -272,8 +270,7 @@ def settle(flags, config):
         (unasked, "the run is unconditional; leave out --classes and --guidance"),
         (dropout == 0 and guidance != 1, "--guidance needs a run with --class-dropout; give --guidance 1"),
     ]:
-        if wrong:
-            raise UserError(text)
+        need(not wrong, text)
     flags = replace(flags, steps=min(steps, T), spacing=spacing, guidance=float(guidance), clip_x0=clip)
     return flags, [int(c) for c in classes] or list(range(count))
 
@@ -395,8 +392,7 @@ def sample(job):
     shown = min(flags.num, 100) if flags.npz or flags.png else flags.num  # in the pictures
 
     with open(part, "a+b") as file:
-        if not common.lock(file):
-            raise UserError(f"{part} is in use by another process; wait for it, or give --out")
+        need(common.lock(file), f"{part} is in use by another process; wait for it, or give --out")
         file.seek(0)
         if (first := file.readline()).endswith(b"\n") and first != header:
             raise UserError(f"{part} is of a job with other settings; delete it, or give another --out")
@@ -514,8 +510,7 @@ def compare(job):
 def main(argv):
     path = argv[0] if argv and not argv[0].startswith("-") else ""
     flags = common.parse(Config, __doc__, argv[1:] if path else argv)
-    if not path:
-        raise UserError("no run is named; the run's folder comes first: ddim_sample.py RUN [FLAGS]")
+    need(path, "no run is named; the run's folder comes first: ddim_sample.py RUN [FLAGS]")
     job = Job(path, flags)
     modes = {"interpolate": interpolate, "invert": invert_images, "compare": compare}
     next((modes[m] for m in modes if getattr(flags, m)), sample)(job)
