@@ -9,6 +9,7 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -377,6 +378,15 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
     with pytest.raises(OSError):
         common.write_atomically(path, half)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_held_out_losses_are_told_by_tenths_of_time():
+    rows = []
+    run = SimpleNamespace(rank=1, _append=lambda name, lines: rows.extend(lines))
+    common.Run.validate(run, 5, torch.arange(1.0, 11).repeat_interleave(2), (torch.arange(20) + 0.5) / 20)
+    common.Run.validate(run, 6, torch.tensor([2.0, 4.0]), torch.tensor([0.95, 1.0]))
+    assert rows[0] == {"step": 5, "loss": 5.5, "loss_t": [float(i) for i in range(1, 11)]}
+    assert rows[1] == {"step": 6, "loss": 3.0, "loss_t": [None] * 9 + [3.0]}
 
 
 def test_one_process_has_a_lock_and_where_there_are_none_all_have(tmp_path, monkeypatch):
