@@ -635,13 +635,24 @@ def orthogonal(g):
     """[n, rows, columns] -> about U V^T of each matrix U S V^T, by three steps of Newton-Schulz's kind.
 
     Each applies a polynomial of degree 5 to the singular values, the best one for where the last has left
-    them (Amsel et al. 2025, arXiv:2505.16932): those of 0.01 to 1 end between 0.71 and 1.27.
+    them (Amsel et al. 2025, arXiv:2505.16932): those of 0.01 to 1 end between 0.71 and 1.27. A step takes x
+    to p x and s = x x^T to p s p with p = a + b s + c s^2; x, which has the longer side, waits for the end.
     """
+
+    def polynomial(s, a, b, c):
+        p = torch.baddbmm(s, s, s, beta=b, alpha=c)
+        p.diagonal(dim1=1, dim2=2).add_(a)
+        return p
+
     x = g if g.shape[1] <= g.shape[2] else g.mT
     x = x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # below 1, after rounding too
-    for a, b, c in ((8.0934, -23.6206, 17.4463), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)):
-        xx = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
+    s = x @ x.mT
+    p1 = polynomial(s, 8.0934, -23.6206, 17.4463)
+    s = p1 @ s @ p1
+    p2 = polynomial(s, 3.6366, -2.7219, 0.5365)
+    s = p2 @ s @ p2
+    p3 = polynomial(s, 2.6613, -1.9772, 0.4526)
+    x = p3 @ p2 @ p1 @ x
     return x if g.shape[1] <= g.shape[2] else x.mT
 
 
