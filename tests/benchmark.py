@@ -370,7 +370,7 @@ def measure(contenders, cfg, calls, flags, device):
             continue
         say(f"{name}: ready")
         give_back()
-    for turn in range(1 + flags.rounds):
+    for turn in range(2 + flags.rounds):
         for kind, rates in peaks.items():
             rates.append(common.matmul_rate(device, kind))
         for row in running.values():
@@ -380,7 +380,7 @@ def measure(contenders, cfg, calls, flags, device):
             row["loss"] = float(loss)  # waits for the device
             if not math.isfinite(row["loss"]):
                 raise RuntimeError(f"{row['name']}: the loss is {row['loss']}; its time means nothing")
-            if turn:  # in the first, memory comes back from the system
+            if turn > 1:  # in the first two, memory comes back from the system
                 row["ms"].append(1e3 * (time.perf_counter() - start) / row["count"])
     for row in running.values():
         memory = Memory(device)  # in a step of its own, as looking costs time
