@@ -3,7 +3,8 @@ optimizer, loop.
 
 Method: Liu et al. 2022, "Flow Straight and Fast" (arXiv:2209.03003), and Lipman et al. 2022, "Flow Matching
 for Generative Modeling" (arXiv:2210.02747). Model: Peebles & Xie 2022, "Scalable Diffusion Models with
-Transformers" (arXiv:2212.09748), with what came since: rotary positions, QK-norm, a shared modulation, Muon.
+Transformers" (arXiv:2212.09748), with what came since: rotary positions, QK-norm, squared ReLU, a shared
+modulation, Muon.
 
     python rf_dit_cifar.py --steps 200000 --bs 256              CIFAR-10 on one GPU
     python rf_dit_cifar.py --resume logs/rf/RUN                 goes on where a run stopped
@@ -13,7 +14,6 @@ Transformers" (arXiv:2212.09748), with what came since: rotary positions, QK-nor
 On two CPU cores the README's laptop line draws MNIST's digits in six minutes.
 """
 
-import contextlib
 import functools
 import math
 import os
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import common
-from common import UserError, derived, need, seed_of
+from common import derived, need, seed_of
 
 # ------------------------------------------------------------------------------------------------
 # Flags: the only place a default lives; the comment is the help
@@ -133,16 +133,14 @@ def rope_table(side, dim):
     (Su et al. 2021, arXiv:2104.09864, eq. 34): half of the pairs tell its row, half its column."""
     freqs = 100.0 ** -(torch.arange(dim // 4) / (dim // 4))  # radians a token, from 1 down to about 0.01
     angles = torch.arange(side)[:, None] * freqs
-    rows, columns = angles[:, None].expand(side, side, -1), angles[None].expand(side, side, -1)
-    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    angles = torch.cat([angles.repeat_interleave(side, 0), angles.repeat(side, 1)], dim=1)
     return angles.cos(), angles.sin()
 
 
 def sincos_table(side, dim):
     """[side * side, dim]: half the channels tell the row, half the column (Peebles & Xie 2022, sec. 3.2)."""
     lines = common.time_embedding(torch.arange(side) / 1000, dim // 2)  # which multiplies by 1000
-    rows, columns = lines[:, None].expand(side, side, -1), lines[None].expand(side, side, -1)
-    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    return torch.cat([lines.repeat_interleave(side, 0), lines.repeat(side, 1)], dim=1)
 
 
 def rotate(x, cos, sin):
@@ -193,8 +191,8 @@ class Block(nn.Module):
         h = attention(q.to(v.dtype), k.to(v.dtype), v).transpose(1, 2).flatten(2)
         x = torch.addcmul(x, gate1, self.out(h))
         h = self.mlp1(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
-        h = F.relu(h).square()  # So et al. 2021, arXiv:2109.08668: learns faster than GELU, and is faster
-        return torch.addcmul(x, gate2, self.mlp2(self.dropout(h)))
+        h = F.relu(h)  # and its square (So et al. 2021, arXiv:2109.08668): learns faster than GELU
+        return torch.addcmul(x, gate2, self.mlp2(self.dropout(h * h)))
 
 
 class DiT(nn.Module):
@@ -346,13 +344,24 @@ def orthogonal(g):
     """[n, rows, columns] -> about U V^T of each matrix U S V^T, by three steps of Newton-Schulz's kind.
 
     Each applies a polynomial of degree 5 to the singular values, the best one for where the last has left
-    them (Amsel et al. 2025, arXiv:2505.16932): those of 0.01 to 1 end between 0.73 and 1.27.
+    them (Amsel et al. 2025, arXiv:2505.16932): those of 0.01 to 1 end between 0.71 and 1.27. A step takes x
+    to p x and s = x x^T to p s p with p = a + b s + c s^2; x, which has the longer side, waits for the end.
     """
+
+    def polynomial(s, a, b, c):
+        p = torch.baddbmm(s, s, s, beta=b, alpha=c)
+        p.diagonal(dim1=1, dim2=2).add_(a)
+        return p
+
     x = g if g.shape[1] <= g.shape[2] else g.mT
     x = x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # below 1, after rounding too
-    for a, b, c in ((8.0934, -23.6206, 17.4463), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)):
-        xx = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
+    s = x @ x.mT
+    p1 = polynomial(s, 8.0934, -23.6206, 17.4463)
+    s = p1 @ s @ p1
+    p2 = polynomial(s, 3.6366, -2.7219, 0.5365)
+    s = p2 @ s @ p2
+    p3 = polynomial(s, 2.6613, -1.9772, 0.4526)
+    x = p3 @ p2 @ p1 @ x
     return x if g.shape[1] <= g.shape[2] else x.mT
 
 
@@ -407,27 +416,20 @@ def make_optimizer(model, cfg, dtype):
 
 
 @torch.no_grad()
-def evaluate(model, data, cfg, device, rank, world, n=2048):
-    """Loss on n held-out images with noise and evenly spread times that are the same at every call."""
-    n = min(n, len(data.labels))
+def evaluate(model, data, cfg, device, rank, world):
+    """-> (losses, times [n]) of held-out images: noise and even times are the same at every call."""
+    n = min(2048, len(data.labels))
     generator = torch.Generator().manual_seed(seed_of("evaluate"))
     pick = torch.randperm(len(data.labels), generator=generator)[:n]
     t = (torch.arange(n) + 0.5) / n
     eps = torch.randn(n, *cfg.shape, generator=generator)
-    sums = torch.zeros(2, 10, device=device)  # of losses, and their number, by time
-    for rows in torch.arange(n)[rank::world].split(256):
-        if not len(rows):  # more processes than images
-            continue
+    losses = torch.zeros(n, device=device)  # those of the other processes stay 0
+    for i in range(rank, n, 256 * world):
+        rows = torch.arange(i, min(i + 256 * world, n), world)
         x0, y = data.images[pick[rows]].to(device).float() / 127.5 - 1, data.labels[pick[rows]].to(device)
         y = torch.full_like(y, cfg.num_classes) if cfg.class_dropout == 1 else y
-        loss = loss_per_sample(model, x0, y, t[rows].to(device), eps[rows].to(device), cfg)
-        k = (t[rows] * 10).long().to(device)
-        sums.index_add_(1, k, torch.stack([loss, torch.ones_like(loss)]))
-    if world > 1:
-        dist.all_reduce(sums)
-    total, count = sums.tolist()
-    by_time = [a / b if b else None for a, b in zip(total, count, strict=True)]
-    return {"loss": sum(total) / sum(count), "loss_t": by_time}
+        losses[rows] = loss_per_sample(model, x0, y, t[rows].to(device), eps[rows].to(device), cfg)
+    return losses, t
 
 
 def train(cfg):
@@ -440,9 +442,6 @@ def train(cfg):
     cfg = replace(cfg, shape=tuple(data.images.shape[1:]), num_classes=len(data.classes))
     check(cfg)
 
-    # Compiling costs up to a minute, which a short run does not earn back; bfloat16 costs nothing.
-    long = cfg.steps >= 500 and not 0 < cfg.minutes < 1
-    use_compile = cfg.compile == "on" or (cfg.compile == "auto" and long and device.type != "mps")
     fast = common.device_facts(device)[1]
     dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if fast else "float32")
     torch.set_float32_matmul_precision("high")
@@ -455,13 +454,8 @@ def train(cfg):
     assert owned == sorted(map(id, model.parameters())), "a parameter is in no optimizer group, or in two"
 
     run, clock = common.Run(cfg, __file__, "rf", "dit", rank), common.Clock(device)
-    if run.state:
-        model.load_state_dict(run.state["model"])
-        ema.model.load_state_dict(run.state["ema"])
-        optimizer.load_state_dict(run.state["optimizer"])
-        clock.seconds["train"] = run.state["seconds"]
-    facts = {"dtype": str(dtype).removeprefix("torch."), "compile": use_compile, "processes": world}
-    run.describe(device, data, model, **facts)
+    run.restore(model, ema, optimizer, clock)
+    run.describe(device, data, model, dtype=str(dtype)[6:], processes=world)
     batches = common.Batches(data, cfg.bs, cfg.seed, device, rank, world)
 
     def micro_batches(step):
@@ -483,17 +477,9 @@ def train(cfg):
         loss.backward()
         return loss.detach()
 
-    net, step, first, seconds = model, run.step, run.step, clock.seconds["train"]
-    if use_compile:  # which happens in the first pass: try one, and drop its gradients
-        try:
-            net = torch.compile(model)
-            backward(net, *micro_batches(step)[0])
-        except Exception as e:
-            if cfg.compile == "on":
-                raise
-            common.say(f"compile not possible here ({common.why(e)}); going on without")
-            net = model
-        model.zero_grad()
+    step, first, seconds = run.step, run.step, clock.seconds["train"]
+    net = common.compiled(model, lambda net: backward(net, *micro_batches(step)[0]), cfg, device)
+    model.zero_grad()
     net = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     clock.lap("compile")
 
@@ -510,9 +496,9 @@ def train(cfg):
             group["lr"] = group["peak"] * pace
         loss = torch.zeros((), device=device)
         for i, part in enumerate(micro_batches(step)):
-            waits = world > 1 and i < cfg.grad_accum - 1  # processes exchange gradients once, in the last
-            with net.no_sync() if waits else contextlib.nullcontext():
-                loss += backward(net, *part)
+            if world > 1:  # processes exchange gradients once, in the last
+                net.require_backward_grad_sync = i == cfg.grad_accum - 1
+            loss += backward(net, *part)
         if step == first and (dead := [n for n, p in model.named_parameters() if p.grad is None]):
             raise RuntimeError(f"no gradient reaches {', '.join(dead[:3])}; is the module used in forward()?")
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
@@ -532,7 +518,7 @@ def train(cfg):
             run.flush(done())
         if due(cfg.eval_every):
             with clock.apart("evaluate"):
-                run.validate(step, **evaluate(ema.model, held_out, cfg, device, rank, world))
+                run.validate(step, *evaluate(ema.model, held_out, cfg, device, rank, world))
         if save:
             with clock.apart("save"):
                 run.save(model, ema, optimizer, seconds)
@@ -546,8 +532,6 @@ def sample_run(cfg):
     """--sample RUN: a grid and a GIF from the averaged weights of the newest checkpoint."""
     check(cfg)
     device, state = common.pick_device(cfg.device), common.newest_checkpoint(cfg.sample)
-    if state is None:
-        raise UserError(f"{cfg.sample} has no checkpoint yet; wait for its first, or --resume it")
     model = build_model(cfg).to(device).eval()
     model.load_state_dict(state["ema"])
     when = "" if cfg.guidance_interval == (0, 1) else "_{:g}-{:g}".format(*cfg.guidance_interval)

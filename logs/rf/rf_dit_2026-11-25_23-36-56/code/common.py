@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import difflib
 import errno
 import fcntl
@@ -140,8 +141,7 @@ def parse(Config, doc, argv=None):
 
     given = read(argv)
     modes = [m for m in sorted(INVOCATION) if given.get(m)]
-    if len(modes) > 1:
-        raise UserError(f"--{modes[0]} and --{modes[1]} contradict each other; give one of them")
+    need(len(modes) < 2, f"--{' and --'.join(modes)} contradict each other; give one of them")
     if not modes:
         return Config(**given)
     mode = modes[0]
@@ -183,18 +183,28 @@ def seed_of(*key):
 
 def pick_device(name):
     """`auto` -> cuda, mps or cpu; under torchrun each process takes a GPU of its own, from then on the one
-    that CUDA calls without a device mean. Raises UserError."""
+    that CUDA calls without a device mean. On a CPU, freed memory is kept. Raises UserError."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(n for n in have if have[n]) if name == "auto" else name
     need(have[name], f"--device {name}: PyTorch finds none on this machine; give --device cpu")
+    if name == "cpu":
+        keep_memory()
     if name != "cuda":
         return torch.device(name)
     rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if rank >= count:
-        text = f"there are {count} GPUs here, but a process {rank + 1}"
-        raise UserError(f"{text}; give torchrun --nproc-per-node={count}, or --device cpu")
+    text = f"there are {count} GPUs here, but a process {rank + 1}; give torchrun --nproc-per-node={count}"
+    need(rank < count, f"{text}, or --device cpu")
     torch.cuda.set_device(rank)  # else nccl's barriers, and some memory of each process, go to the first
     return torch.device(name, rank)
+
+
+def keep_memory():
+    """Where C's library is glibc, has it keep what is freed: a step needs as much as the last, and the kernel
+    would clear each page of it anew (8% of a step of a DiT of dim 384, depth 3, on two cores)."""
+    with contextlib.suppress(AttributeError, OSError):  # another library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap like the rest
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def device_facts(device):
@@ -205,6 +215,33 @@ def device_facts(device):
     model = re.search(r"model name\s*:\s*(.+)", info)
     name = f"{model[1] if model else device.type}, {torch.get_num_threads()} threads"
     return name, bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", info))
+
+
+def compiled(net, trial, cfg, device):
+    """torch.compile(net), or net itself where that is not worth while or trial(compiled net) fails.
+
+    trial is a pass whose gradients are dropped. A short run does not earn back the minute that this can take.
+    It comes before DistributedDataParallel: one graph, after whose end the gradients are exchanged.
+    """
+    long = cfg.steps >= 500 and not 0 < cfg.minutes < 1
+    if cfg.compile == "off" or (cfg.compile == "auto" and (not long or device.type == "mps")):
+        return net
+    try:
+        fast = torch.compile(net)
+        trial(fast)
+        return fast
+    except Exception as e:
+        if cfg.compile == "on":
+            raise
+        print(f"compile not possible here ({why(e)}); going on without", flush=True)
+        return net
+
+
+def send(x, device):
+    """x on device; to a GPU from pinned memory, as a copy from other memory waits for all of its work."""
+    if device.type != "cuda":
+        return x.to(device)
+    return (x if x.is_cuda else x.pin_memory()).to(device, non_blocking=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -233,14 +270,14 @@ class Stream:
     rows is a list or tensor of integers. What is unreadable comes out black, and `bad` says why: {row: text}.
     """
 
-    def __init__(self, shape, read, identity):
-        self.shape, self.read, self.identity, self.bad = shape, read, identity, {}
+    def __init__(self, shape, read, identity, bad):
+        self.shape, self.read, self.identity, self.bad = shape, read, identity, bad
 
     def __len__(self):
         return self.shape[0]
 
     def __getitem__(self, rows):
-        return self.read([int(i) for i in rows])
+        return self.read(torch.as_tensor(rows).tolist())
 
 
 def load_dataset(name, data_root="", split="train", image_size=0, channels=0, most=math.inf):
@@ -275,8 +312,8 @@ def load_dataset(name, data_root="", split="train", image_size=0, channels=0, mo
 
     x, shape = data.images, (channels or data.images.shape[1], *[image_size or data.images.shape[-1]] * 2)
     if isinstance(x, Stream) or len(x) * math.prod(shape) > most:
-        data.images = Stream((len(x), *shape), lambda rows: fit(x[rows]), data.digest().encode())
-        data.images.bad = getattr(x, "bad", {})
+        bad, identity = getattr(x, "bad", {}), data.digest().encode()
+        data.images = Stream((len(x), *shape), lambda rows: fit(x[rows]), identity, bad)
     else:
         data.images = fit(x)
     return data
@@ -291,9 +328,8 @@ def _torchvision(name, root, split):
             data = kind(root, train=split == "train")
         except RuntimeError:  # torchvision's way of saying "not found or corrupted"
             root.mkdir(parents=True, exist_ok=True)
-            with open(root / f".{name}.lock", "w") as lock:  # of several processes one downloads
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+            with open(root / f".{name}.lock", "w") as file:  # of several processes one downloads
+                lock(file, wait=True)
                 data = kind(root, train=split == "train", download=True)
     except (OSError, RuntimeError, ValueError, EOFError) as e:
         text = f"{name} is not in {root.resolve()} and cannot be downloaded ({why(e)}); "
@@ -340,19 +376,18 @@ def _files(root, split, size, most):
     root = twin if has_twin and split == "test" else root
     try:
         if root.is_dir():
-            names = [str(f.relative_to(root)) for f in root.rglob("*")]
-            read = lambda n: (root / n).read_bytes()  # noqa: E731
-            identity = lambda n: [n, os.stat(root / n).st_size, os.stat(root / n).st_mtime_ns]  # noqa: E731
+            files = {str(f.relative_to(root)): f for f in root.rglob("*")}
+            read, identity = Path.read_bytes, lambda f: [f.stat().st_size, f.stat().st_mtime_ns]
         else:  # read member by member and never extracted: no name can lead outside
             archive = zipfile.ZipFile(root)
-            infos = {i.filename: i for i in archive.infolist()}
-            names, read = list(infos), lambda n: archive.read(n) if infos[n].file_size < 1 << 28 else b""
-            identity = lambda n: [n, infos[n].CRC]  # noqa: E731
+            files = {i.filename: i for i in archive.infolist()}
+            read = lambda i: archive.read(i) if i.file_size < 1 << 28 else b""  # noqa: E731
+            identity = lambda i: [i.CRC]  # noqa: E731
     except (OSError, zipfile.BadZipFile) as e:
         text = f"{root} is no readable folder or .zip ({why(e)}); give one that holds images"
         raise UserError(text) from None
     kinds, hidden = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"), r"(^|/)(\.[^./]|__MACOSX)"
-    names = sorted(n for n in names if n.lower().endswith(kinds) and not re.search(hidden, n))
+    names = sorted(n for n in files if n.lower().endswith(kinds) and not re.search(hidden, n))
     need(names, f"there is no image ({' '.join(kinds)}) in {root}; give a folder or .zip that holds some")
     classes = {c: i for i, c in enumerate(sorted({Path(n).parent.name for n in names}))}
     tops = {Path(n).parts[0] for n in names}
@@ -364,42 +399,38 @@ def _files(root, split, size, most):
 
     def load(name, size):  # -> (uint8 [size, size, 3], gray?), or what is wrong
         try:
-            return decode_image(read(name), size)
+            return decode_image(read(files[name]), size)
         except Exception as e:  # damaged files raise nearly anything; each is counted and named
             return f"{name} ({why(e)})"
 
     found = (load(n, 0) for n in names) if size == 0 else ()
     size = size or next((len(x[0]) for x in found if isinstance(x, tuple)), 1)
-    shape, labels = (len(names), 3, size, size), [classes[Path(n).parent.name] for n in names]
-    if math.prod(shape) > most:
-        pool, black = ThreadPoolExecutor(os.cpu_count()), np.zeros((size, size, 3), np.uint8)
+    labels, bad, grays = torch.tensor([classes[Path(n).parent.name] for n in names]), {}, set()
+    pool = ThreadPoolExecutor(os.cpu_count())  # decoding leaves Python's lock
 
-        def read_rows(rows):
-            found = list(pool.map(lambda i: load(names[i], size), rows))
-            stream.bad |= {i: x for i, x in zip(rows, found, strict=True) if isinstance(x, str)}
-            found = np.stack([black if isinstance(x, str) else x[0] for x in found])
-            return torch.from_numpy(found).permute(0, 3, 1, 2)
-
-        stream = Stream(shape, read_rows, repr([size, [identity(n) for n in names]]).encode())
-        return Dataset(root.stem, stream, torch.tensor(labels), list(classes), flip=True)
-
-    images, grays, labels, bad = np.empty((len(names), size, size, 3), np.uint8), [], [], []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding leaves Python's lock
-        for name, x in zip(names, pool.map(functools.partial(load, size=size), names), strict=True):
-            if isinstance(x, str):
-                bad.append(x)
+    def read_rows(rows):
+        x = np.zeros((len(rows), size, size, 3), np.uint8)
+        for i, found in enumerate(pool.map(lambda row: load(names[row], size), rows)):
+            if isinstance(found, str):
+                bad[rows[i]] = found
             else:
-                images[len(labels)] = x[0]
-                grays.append(x[1])
-                labels.append(classes[Path(name).parent.name])
-    if len(bad) > 0.01 * len(names):
-        text = f"{len(bad)} of {len(names)} images in {root} are unreadable: {bad[0]}..."
-        raise UserError(f"{text}; remove them")
+                x[i] = found[0]
+                grays.add(found[1])
+        return torch.from_numpy(x).permute(0, 3, 1, 2)
+
+    if 3 * size**2 * len(names) > most:
+        key = repr([size, [[n, *identity(files[n])] for n in names]]).encode()
+        images = Stream((len(names), 3, size, size), read_rows, key, bad)
+        return Dataset(root.stem, images, labels, list(classes), flip=True)
+    images = read_rows(range(len(names)))
+    text = f"{len(bad)} of {len(names)} images in {root} are unreadable: {', '.join([*bad.values()][:5])}"
+    need(len(bad) <= 0.01 * len(names), f"{text}; remove them")
+    images = images[:, : 1 if grays == {True} else 3].contiguous()
     if bad:
-        say(f"warning: left out {len(bad)} unreadable of {len(names)} images: {', '.join(bad[:5])}")
-    images = images[: len(labels), ..., : 1 if all(grays) else 3]
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return Dataset(root.stem, images, torch.tensor(labels), list(classes), flip=True)
+        say(f"warning: {text}; left out")
+        fine = torch.tensor([i not in bad for i in range(len(names))])
+        images, labels = images[fine], labels[fine]
+    return Dataset(root.stem, images, labels, list(classes), flip=True)
 
 
 def decode_image(data, size):
@@ -431,12 +462,12 @@ class Order:
     """
 
     def __init__(self, n, bs, seed, device="cpu"):
-        self.n, self.bs, self.seed, self.device = n, bs, seed, device
+        self.n, self.bs, self.seed, self.device = n, bs, seed, torch.device(device)
         self.epoch = functools.lru_cache(2)(self._epoch)
 
     def _epoch(self, epoch):
         generator = torch.Generator().manual_seed(seed_of(self.seed, "data", epoch))
-        return torch.randperm(self.n, generator=generator).to(self.device)
+        return send(torch.randperm(self.n, generator=generator), self.device)
 
     def __call__(self, step):
         i, end, parts = step * self.bs, (step + 1) * self.bs, []
@@ -447,9 +478,9 @@ class Order:
         return torch.cat(parts)
 
     def mirrored(self, step):
-        """Which of them are to be flipped, bool [bs] on the CPU."""
-        generator = torch.Generator().manual_seed(seed_of(self.seed, "flip", step))
-        return torch.rand(self.bs, generator=generator) < 0.5
+        """Which of them are to be flipped, bool [bs]."""
+        generator = torch.Generator(self.device).manual_seed(seed_of(self.seed, "flip", step))
+        return torch.rand(self.bs, generator=generator, device=self.device) < 0.5
 
 
 class Batches:
@@ -459,18 +490,16 @@ class Batches:
     """
 
     def __init__(self, data, bs, seed, device, rank=0, world=1):
-        self.images, self.labels, self.flip = data.images.to(device), data.labels.to(device), data.flip
+        self.images = data.images.to(device) if torch.is_tensor(data.images) else data.images
+        self.labels, self.flip = data.labels.to(device), data.flip
         self.order = Order(len(self.images), bs, seed, device)
         self.mine = slice(rank * bs // world, (rank + 1) * bs // world)
 
     def __call__(self, step):
         rows = self.order(step)[self.mine]
-        x = self.images[rows].float() / 127.5 - 1
+        x = self.images[rows].to(rows.device).float() / 127.5 - 1
         if self.flip:
-            mirror = self.order.mirrored(step)[self.mine]
-            mirror = mirror.pin_memory() if x.is_cuda else mirror  # else the copy waits for the device
-            mirror = mirror.to(x.device, non_blocking=x.is_cuda)
-            x = torch.where(mirror.view(-1, 1, 1, 1), x.flip(-1), x)
+            x = torch.where(self.order.mirrored(step)[self.mine].view(-1, 1, 1, 1), x.flip(-1), x)
         return x, self.labels[rows]
 
 
@@ -525,6 +554,20 @@ def find_run(path):
     return run
 
 
+def lock(file, wait=False):
+    """Locks an open file, which the system undoes however the process ends. False: another process has it.
+
+    On a file system without locks everyone gets it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 def write_atomically(path, write):
     """write(file) into a temporary file beside path, then rename: path is whole or as it was before."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -554,11 +597,12 @@ def load_checkpoint(path):
         raise UserError(f"{path} cannot be loaded ({why(e)}); give another checkpoint") from None
 
 
-def newest_checkpoint(path):
-    """The state in a file, or in the newest undamaged checkpoint of a run; None if it has none yet."""
+def newest_checkpoint(path, none_yet=False):
+    """The state in a file, or in the newest undamaged checkpoint of a run, which may have none_yet: None."""
     if str(path).endswith(".pt"):
         return load_checkpoint(path)
     found = sorted((find_run(path) / "checkpoints").glob("step_*.pt"), reverse=True)
+    need(found or none_yet, f"{path} has no checkpoint yet; wait for its first, or --resume it")
     for i, file in enumerate(found):
         try:
             return load_checkpoint(file)
@@ -567,6 +611,15 @@ def newest_checkpoint(path):
                 raise
             say(f"warning: {str(e).split(';')[0]}; using {found[i + 1]}")
     return None
+
+
+def commit():
+    """Of this repository, with "-dirty" where files differ from it; "" where there is none, or no git."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 class Tee:
@@ -619,7 +672,7 @@ class Run:
 
     def __init__(self, cfg, script, method, backbone, rank=0):
         self.cfg, self.rank, self.pending, self.stopping, self.dir = cfg, rank, [], False, None
-        self.state = newest_checkpoint(cfg.resume) if cfg.resume else None
+        self.state = newest_checkpoint(cfg.resume, none_yet=True) if cfg.resume else None
         old = self.state or {"step": 0, "skipped": 0, "seconds": 0.0}
         self.step, self.skipped, self.seconds = old["step"], old["skipped"], old["seconds"]
         self.first, self.seconds_before = self.step, self.seconds
@@ -632,11 +685,7 @@ class Run:
             return
         self.dir = find_run(cfg.resume) if cfg.resume else self._make(method, backbone)
         files = [open(self.dir / name, "a") for name in ("run.out", "run.err")]
-        try:
-            fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it however the run ends
-        except OSError:
-            text = f"{self.dir} is in use by another process"
-            raise UserError(f"{text}; wait for it, or start a new run") from None
+        need(lock(files[0]), f"{self.dir} is in use by another process; wait for it, or start a new run")
         if cfg.resume:
             self._rewind()
         else:
@@ -685,11 +734,10 @@ class Run:
         """Writes run.yaml (at the start of a run) and prints its summary."""
         if self.rank:
             return
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
         count, shape = sum(p.numel() for p in model.parameters()), "x".join(map(str, data.images.shape[1:]))
         facts = {
             "command": " ".join(sys.argv),
-            "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+            "commit": commit(),
             "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
             "device": device_facts(device)[0],
             "dataset": f"{data.name}, {len(data.labels)} images {shape}, blake2b {data.digest()}",
@@ -698,9 +746,13 @@ class Run:
             "config": {k: list(v) if isinstance(v, tuple) else v for k, v in self.config.items()},
         }
         if (self.dir / "run.yaml").exists():
-            was = (yaml.safe_load((self.dir / "run.yaml").read_text()) or {}).get("processes")
-            if "processes" in more and was not in (None, more["processes"]):
-                say(f"note    {was} processes before, now {more['processes']}: not bit for bit the same run")
+            was = facts | (yaml.safe_load((self.dir / "run.yaml").read_text()) or {})
+            if (before := was.get("processes")) != (now := facts.get("processes")):
+                say(f"note    {before} processes before, now {now}: not bit for bit the same run")
+            if was["dataset"] != facts["dataset"]:
+                text = f"the dataset is not the run's: {facts['dataset']} now, {was['dataset']} before"
+                need(isinstance(data.images, Stream), f"{text}; restore it, or start a new run")
+                say(f"note    {text}")  # by the files' dates, too, which copying may change
         else:
             text = yaml.safe_dump(facts, sort_keys=False)
             write_atomically(self.dir / "run.yaml", lambda f: f.write(text.encode()))
@@ -763,11 +815,19 @@ class Run:
             with open(self.dir / "metrics" / name, "a") as f:
                 f.writelines(json.dumps(x) + "\n" for x in lines)
 
-    def validate(self, step, **values):
-        """Appends to val.jsonl (loss, and loss_t: by ten time bins) and redraws metrics/curves.png."""
-        self._append("val.jsonl", [{"step": step, **values}])
+    def validate(self, step, losses, t):
+        """Appends held-out losses [n] at times t [n] to val.jsonl, by tenths of time too; redraws curves.png.
+
+        Each process brings its share of the losses, and 0 for the rest.
+        """
+        if dist.is_initialized():
+            dist.all_reduce(losses)
+        losses, tenth = losses.cpu(), (10 * t).ceil()
+        bins, loss = [losses[tenth == i] for i in range(1, 11)], losses.mean().item()
+        by_time = [x.mean().item() if len(x) else None for x in bins]
+        self._append("val.jsonl", [{"step": step, "loss": loss, "loss_t": by_time}])
         if self.rank == 0:
-            say(f"step {step}  held-out loss {values['loss']:.4f}")
+            say(f"step {step}  held-out loss {loss:.4f}")
             with harmless("the curves"):
                 draw_curves(self.dir / "metrics")
 
@@ -782,6 +842,15 @@ class Run:
         write_atomically(home / f"step_{self.step:08d}.pt", lambda f: torch.save(state, f))
         for old in sorted(home.glob("step_*.pt"))[: -self.cfg.keep]:
             old.unlink()
+
+    def restore(self, model, ema, optimizer, clock):
+        """What save() wrote, if the run goes on from a checkpoint."""
+        if self.state:
+            model.load_state_dict(self.state["model"])
+            ema.model.load_state_dict(self.state["ema"])
+            optimizer.load_state_dict(self.state["optimizer"])
+            clock.seconds["train"] = self.state["seconds"]
+            self.state = None  # which memory need not hold on to
 
     def pictures(self, name, images, history=()):
         """samples/NAME.png and, of a history, NAME.gif, see save_pictures."""
