@@ -345,22 +345,16 @@ def orthogonal(g):
 
     Each applies a polynomial of degree 5 to the singular values, the best one for where the last has left
     them (Amsel et al. 2025, arXiv:2505.16932): those of 0.01 to 1 end between 0.71 and 1.27. A step takes x
-    to p x and s = x x^T to p s p with p = a + b s + c s^2; x, which has the longer side, waits for the end.
+    to p x, and s = x x^T to p s p; x, which has the longer side, waits for the end.
     """
-
-    def polynomial(s, a, b, c):
-        p = torch.baddbmm(s, s, s, beta=b, alpha=c)
-        p.diagonal(dim1=1, dim2=2).add_(a)
-        return p
-
     x = g if g.shape[1] <= g.shape[2] else g.mT
     x = x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # below 1, after rounding too
-    s = x @ x.mT
-    p1 = polynomial(s, 8.0934, -23.6206, 17.4463)
+    s, eye = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    p1 = 8.0934 * eye - 23.6206 * s + 17.4463 * s @ s
     s = p1 @ s @ p1
-    p2 = polynomial(s, 3.6366, -2.7219, 0.5365)
+    p2 = 3.6366 * eye - 2.7219 * s + 0.5365 * s @ s
     s = p2 @ s @ p2
-    p3 = polynomial(s, 2.6613, -1.9772, 0.4526)
+    p3 = 2.6613 * eye - 1.9772 * s + 0.4526 * s @ s
     x = p3 @ p2 @ p1 @ x
     return x if g.shape[1] <= g.shape[2] else x.mT
 

@@ -2,8 +2,10 @@
 
 import errno
 import functools
+import importlib
 import io
 import platform
+import re
 import subprocess
 import sys
 import zipfile
@@ -424,3 +426,20 @@ def test_pictures(tmp_path):
     gif, grid = Image.open(tmp_path / "x.gif"), Image.open(tmp_path / "x.png")
     assert gif.n_frames == 3 and gif.size == grid.size and np.asarray(grid).min() == 0
     assert np.asarray(gif.convert("L")).max() == 255
+
+
+# ---- the README
+
+
+def test_readme_has_each_section_once_and_flags_that_there_are():
+    text = (Path(common.__file__).parent / "README.md").read_text()
+    headings, pictures = re.findall(r"^#+ .+", text, re.M), re.findall(r"!\[.*?\]\((.+?)\)", text)
+    assert len(set(headings)) == len(headings) > 5 and len(set(pictures)) == len(pictures) > 2
+    blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S))
+    calls = re.findall(
+        r"(?<!cp )(ddpm_unet_mnist|rf_dit_cifar|latent_dit_sdvae|ddim_sample)\.py([^#\n]*)", blocks
+    )
+    assert len(calls) > 12
+    for name, flags in calls:
+        flags = re.sub(r"--(resume|sample|config) \S+|^ logs/\S+", "", flags)  # runs of the reader's own
+        common.parse(importlib.import_module(name).Config, "", flags.split())
