@@ -10,6 +10,7 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -21,9 +22,10 @@ import sys
 import time
 import typing
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from collections import Counter
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -31,8 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.flop_counter import FlopCounterMode
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
@@ -47,17 +48,22 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Around a script's main: bad input or an unwritable disk becomes one line; a bug keeps its traceback."""
+    """Around a script's main: bad input and paths that the system refuses become one line; a bug keeps its
+    traceback. Names that are not valid UTF-8 are printed escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not under pytest
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
         return
     except UserError as e:
         text = str(e)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        if e.filename is None and not full:  # not about a path: a bug
             raise
-        place = e.filename or "the run folder"
-        text = f"{e.strerror}: {place}; make room, or write elsewhere (--logs, --out, --cache)"
+        advice = "make room, or write elsewhere (--out, --cache)" if full else "give another path"
+        text = f"{e.strerror}: {e.filename or 'the run folder'}; {advice}"
     print(f"error: {text}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -93,11 +99,11 @@ def derived(default):
     return field(default=default, metadata={"derived": True})
 
 
-INVOCATION = {"resume", "sample", "config"}  # flags that name a run instead of describing one
+INVOCATION = {"resume", "sample", "config", "new_code"}  # flags that say how to start, not what to train
 # A run's flags hold, but --resume may change how long, how often and where it runs, --sample how it samples.
 MAY_CHANGE = {
     "resume": set("steps minutes log_every eval_every sample_every save_every keep".split())
-    | set("device dtype compile grad_checkpoint data_root logs cache vae_path".split()),
+    | set("device dtype compile grad_checkpoint dataset data_root out cache vae vae_path".split()),
     "sample": set("guidance guidance_interval sampling_steps solver clip_x0 num_samples seed device".split()),
 }
 
@@ -120,15 +126,23 @@ def parse(Config, doc, argv=None):
     parser = _Parser(description=doc, allow_abbrev=False, formatter_class=layout)
     for name, default in flags.items():
         hint, kind = hints[name], {"help": f"{helps.get(name, '')} [{default}]".replace("%", "%%")}
+        of, choices = typing.get_origin(hint), typing.get_args(hint)
         if hint is bool:
             kind["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(hint) is typing.Literal:
-            kind["choices"] = typing.get_args(hint)
-        elif typing.get_origin(hint) is tuple:
-            of = typing.get_args(hint)  # tuple[float, ...] takes any number of them, tuple[float, float] two
-            kind |= {"nargs": "*" if of[-1] is ... else len(of), "type": of[0], "metavar": "N"}
+        elif of is typing.Literal:
+            kind["choices"] = choices
+            if "on" in choices:  # --compile alone means --compile on
+                kind |= {"nargs": "?", "const": "on"}
+        elif of is tuple:  # tuple[float, ...] takes any number of them, tuple[float, float] two
+            kind |= {"nargs": "*" if choices[-1] is ... else len(choices), "type": choices[0], "metavar": "N"}
         else:
-            kind |= {"type": hint, "metavar": hint.__name__.upper()}
+            kind |= {"type": hint, "metavar": getattr(hint, "__name__", "").upper()}
+        known = hint in (bool, int, float, str) or of in (tuple, typing.Literal)
+        types = (of or hint, int) if hint is float else (of or hint,)
+        fits = default in choices if of is typing.Literal else type(default) in types
+        if not (known and fits):
+            text = f"Config.{name} is {hint} with default {default!r}; a flag is a bool, int, float, str,"
+            raise TypeError(f"{text} Literal or tuple, and its default is of that type")
         parser.add_argument(_flag(name), default=argparse.SUPPRESS, **kind)
 
     def read(arguments):
@@ -140,11 +154,14 @@ def parse(Config, doc, argv=None):
         return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(known).items()}
 
     given = read(argv)
-    modes = [m for m in sorted(INVOCATION) if given.get(m)]
+    modes = [m for m in ("config", "resume", "sample") if given.get(m)]
     need(len(modes) < 2, f"--{' and --'.join(modes)} contradict each other; give one of them")
+    need(not given.get("new_code") or modes == ["resume"], "--new-code says how to --resume RUN; give both")
     if not modes:
         return Config(**given)
     mode = modes[0]
+    if mode != "config":
+        check_run(given[mode], mode, inspect.getfile(Config), given.get("new_code", False))
     file = Path(given[mode]) if mode == "config" else find_run(given[mode]) / "run.yaml"
     try:
         stored = dict(yaml.safe_load(file.read_text())["config"])
@@ -245,78 +262,80 @@ def send(x, device):
 
 
 # ------------------------------------------------------------------------------------------------
-# Datasets: one uint8 tensor, labels, class names
+# Datasets
+
+BUILT_IN = ("mnist", "cifar10", "digits")
+MAX_BYTES = 4 << 30  # images that take more, decoded, are not kept in memory but decoded at each use
+TRAIN, HELD_OUT = ("train", "training"), ("test", "testing", "val", "valid", "validation")  # names of folders
 
 
 @dataclass
 class Dataset:
-    """images uint8 [N, C, H, W]; labels int64 [N]; flip: may a mirrored image stand for itself?"""
+    """One split: images uint8 [N, C, H, W], or ImageFiles or Resized images of that shape; labels int64 [N];
+    the names of the training split's classes, and of the files where there are any."""
 
     name: str
-    images: "torch.Tensor | Stream"
+    images: "torch.Tensor | ImageFiles | Resized"
     labels: torch.Tensor
     classes: list[str]
-    flip: bool
+    files: list[str] = field(default_factory=list)
+    content: bytes = b""  # checksums in place of images that memory does not hold, or that a library decoded
 
-    def digest(self):
-        """16 hexadecimal digits of its content; of a Stream, of the files' names, sizes and dates."""
-        x = self.images.identity if isinstance(self.images, Stream) else self.images.numpy().tobytes()
-        return hashlib.blake2b(x + self.labels.numpy().tobytes(), digest_size=8).hexdigest()
-
-
-class Stream:
-    """Stands for images that memory may not hold: stream[rows] reads them, uint8 [n, C, H, W].
-
-    rows is a list or tensor of integers. What is unreadable comes out black, and `bad` says why: {row: text}.
-    """
-
-    def __init__(self, shape, read, identity, bad):
-        self.shape, self.read, self.identity, self.bad = shape, read, identity, bad
-
-    def __len__(self):
-        return self.shape[0]
-
-    def __getitem__(self, rows):
-        return self.read(torch.as_tensor(rows).tolist())
+    def fingerprint(self):
+        """16 hexadecimal digits of images and labels, wherever they lie."""
+        content = self.content or self.images.numpy().tobytes()
+        return hashlib.blake2b(content + self.labels.numpy().tobytes(), digest_size=8).hexdigest()
 
 
-def load_dataset(name, data_root="", split="train", image_size=0, channels=0, most=math.inf):
+def load_dataset(name, data_root="", split="train", image_size=0, channels=0, max_bytes=None):
     """The "train" or "test" split of `mnist`, `cifar10`, `digits`, or of a folder or .zip of images.
 
     data_root holds mnist and cifar10 (default $DIFFUSION_DATA, else data/). image_size (pixels) and channels
-    (1 or 3) of 0 keep the dataset's own. Images of more than `most` bytes are not loaded, but are a Stream.
-    Raises UserError when it cannot be had.
+    (1 or 3) of 0 are those of the training split. Raises UserError if the dataset cannot be found, downloaded
+    or read, or if it is ambiguous. Images of more than max_bytes (MAX_BYTES) are not kept in memory.
     """
-    root = Path(data_root or os.environ.get("DIFFUSION_DATA") or "data")
+    max_bytes = MAX_BYTES if max_bytes is None else max_bytes
     text = f"--channels is {channels}; give 1 (gray), 3 (colour) or 0 (as the dataset is)"
     need(channels in (0, 1, 3), text)
     text = f"--image-size is {image_size}; give the side in pixels, or 0 for the dataset's own"
     need(0 <= image_size <= 4096, text)
-    if name in ("mnist", "cifar10"):
-        data = _torchvision(name, root, split)
-    elif name == "digits":
+    if name not in BUILT_IN:
+        text = f"there is no dataset {name or repr(name)}; give mnist, cifar10, digits, or a folder or .zip"
+        need(name and Path(name).exists(), f"{text} of images")
+        return _files(Path(os.path.abspath(name)), split, image_size, channels, max_bytes)
+    text = f"{name} is a built-in dataset, and here is a folder of that name; give ./{name} for the folder"
+    need(not Path(name).exists(), f"{text}, or rename it")
+    if name == "digits":
         data = _digits(split, image_size or (32 if channels == 3 else 28), channels or 1)
-    elif Path(name).exists():
-        data = _files(Path(name), split, image_size, most)
     else:
-        text = f"there is no dataset {name}; give mnist, cifar10, digits, or a folder or .zip of images"
-        raise UserError(text)
+        data = _torchvision(name, Path(data_root or os.environ.get("DIFFUSION_DATA") or "data"), split)
+    size, channels = image_size or data.images.shape[-1], channels or data.images.shape[1]
+    if len(data.images) * channels * size**2 <= max_bytes:
+        return replace(data, images=resize(data.images, size, channels))
+    return replace(data, images=Resized(data.images, size, channels), content=data.fingerprint().encode())
 
-    def fit(x):  # uint8 [n, C, H, W] to the size and channels that are asked for
-        if image_size and x.shape[-1] != image_size:
-            x = torch.nn.functional.interpolate(x.float(), (image_size,) * 2, mode="bicubic", antialias=True)
-        if channels == 1 and x.shape[1] == 3:  # luma, ITU-R 601
-            x = (x * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
-        x = x if x.dtype == torch.uint8 else x.round_().clamp_(0, 255).to(torch.uint8)
-        return x.expand(-1, 3, -1, -1).contiguous() if channels == 3 else x
 
-    x, shape = data.images, (channels or data.images.shape[1], *[image_size or data.images.shape[-1]] * 2)
-    if isinstance(x, Stream) or len(x) * math.prod(shape) > most:
-        bad, identity = getattr(x, "bad", {}), data.digest().encode()
-        data.images = Stream((len(x), *shape), lambda rows: fit(x[rows]), identity, bad)
-    else:
-        data.images = fit(x)
-    return data
+def resize(x, size, channels):
+    """uint8 [N, C, H, W] -> uint8 [N, channels, size, size]."""
+    if x.shape[-1] != size:
+        x = torch.nn.functional.interpolate(x.float(), (size, size), mode="bicubic", antialias=True)
+    if channels == 1 and x.shape[1] == 3:  # luma, ITU-R 601
+        x = (x * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    x = x if x.dtype == torch.uint8 else x.round_().clamp_(0, 255).to(torch.uint8)
+    return x.expand(-1, channels, -1, -1).contiguous()
+
+
+class Resized(torch.utils.data.Dataset):
+    """Images of a tensor, resized at each use: images[i] -> (uint8 [C, S, S], None)."""
+
+    def __init__(self, images, size, channels):
+        self.images, self.shape = images, (len(images), channels, size, size)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return resize(self.images[i : i + 1], self.shape[3], self.shape[1])[0].numpy(), None
 
 
 def _torchvision(name, root, split):
@@ -337,7 +356,7 @@ def _torchvision(name, root, split):
     images = torch.as_tensor(data.data)  # MNIST [N, 28, 28], CIFAR-10 [N, 32, 32, 3]
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     classes = [c.split(" - ")[0] for c in data.classes]  # MNIST says "0 - zero"
-    return Dataset(name, images, torch.as_tensor(data.targets), classes, flip=name == "cifar10")
+    return Dataset(name, images, torch.as_tensor(data.targets), classes)
 
 
 def _digits(split, size, channels):
@@ -362,79 +381,214 @@ def _digits(split, size, channels):
         paper, pen = (0, 255) if channels == 1 else (rng.uniform(0, 90, 3), rng.uniform(150, 255, 3))
         images[i] = np.clip(paper + (pen - paper) * ink, 0, 255)
     images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return Dataset("digits", images, torch.arange(n) % 10, [str(d) for d in range(10)], flip=False)
+    return Dataset("digits", images, torch.arange(n) % 10, [str(d) for d in range(10)])
 
 
-def _files(root, split, size, most):
-    """A folder or .zip with images at any depth; an image's class is the name of the folder it lies in.
+def _files(root, split, size, channels, max_bytes):
+    """A folder or .zip, see find_images and decode_image."""
+    splits, left_out = find_images(root)
+    if left_out and split == "train":
+        say(f"note    left out of {root}: {', '.join(f'{n} {what}' for what, n in sorted(left_out.items()))}")
+    classes = sorted({c for c, _ in splits["train"]}, key=natural)
+    if more := sorted({c for c, _ in splits["test"]} - {*classes}, key=natural):
+        text = f"{root} holds out images of {', '.join(more[:5])}, of which training has none"
+        raise UserError(f"{text} (it has {', '.join(classes[:10])}); give training some, or remove these")
+    if split == "test" and not (size and channels):
+        _, channels, _, size = _files(root, "train", size, channels, max_bytes).images.shape
+    paths, number = [e[:2] for _, e in splits[split]], {c: i for i, c in enumerate(classes)}
+    size = size or next(read_batches(ImageFiles(paths, 0, 1), [[0]]))[0].shape[-1]
+    images = files = ImageFiles(paths, size, channels or 3)
+    if math.prod(files.shape) > max_bytes:
+        checksums = [files.checksum(i) for i in range(len(files))]
+    else:
+        images, checksums = torch.empty(files.shape, dtype=torch.uint8), []
+        for x, crcs in read_batches(files, [i.tolist() for i in torch.arange(len(files)).split(64)]):
+            images[len(checksums) : len(checksums) + len(x)] = x
+            checksums += crcs
+        if channels == 0 and all((x == x[:, :1]).all() for x in images.split(1000)):
+            images = images[:, :1].contiguous()  # all of them are gray
+    name = printable(root.name.removesuffix(".zip")) or "images"
+    return Dataset(
+        name,
+        images,
+        torch.tensor([number[c] for c, _ in splits[split]]),
+        [c or name for c in classes],
+        ["/".join(e.parts) for _, e in splits[split]],
+        np.array(checksums, np.int64).tobytes(),
+    )
 
-    Splits: top folders train/ and test/ (or val/), or X-train.zip beside X-test.zip; else every 20th image is
-    held out. Fewer than 40 images serve as both. size 0: that of the first image.
+
+class Entry(typing.NamedTuple):
+    """A file of a dataset: the .zip that holds it or "", its path (there), and its folders and name."""
+
+    archive: str
+    path: str
+    parts: tuple
+
+
+def find_images(root):
+    """A folder or .zip -> ({"train": [(class, Entry), ...], "test": ...}, Counter of what is left out).
+
+    Folders that all images share do not count. Then train beside test or val are the splits, as are
+    X-train.zip and X-test.zip; else a twentieth of each class is held out, and fewer than 40 images serve as
+    both. A class is the first folder below the split. Raises UserError where that is ambiguous.
     """
-    twin = root.with_name(root.name.replace("train", "test"))
-    has_twin = root.suffix == ".zip" and twin != root and twin.exists()
-    root = twin if has_twin and split == "test" else root
-    try:
-        if root.is_dir():
-            files = {str(f.relative_to(root)): f for f in root.rglob("*")}
-            read, identity = Path.read_bytes, lambda f: [f.stat().st_size, f.stat().st_mtime_ns]
-        else:  # read member by member and never extracted: no name can lead outside
-            archive = zipfile.ZipFile(root)
-            files = {i.filename: i for i in archive.infolist()}
-            read = lambda i: archive.read(i) if i.file_size < 1 << 28 else b""  # noqa: E731
-            identity = lambda i: [i.CRC]  # noqa: E731
-    except (OSError, zipfile.BadZipFile) as e:
-        text = f"{root} is no readable folder or .zip ({why(e)}); give one that holds images"
-        raise UserError(text) from None
-    kinds, hidden = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"), r"(^|/)(\.[^./]|__MACOSX)"
-    names = sorted(n for n in files if n.lower().endswith(kinds) and not re.search(hidden, n))
-    need(names, f"there is no image ({' '.join(kinds)}) in {root}; give a folder or .zip that holds some")
-    classes = {c: i for i, c in enumerate(sorted({Path(n).parent.name for n in names}))}
-    tops = {Path(n).parts[0] for n in names}
-    held = next((t for t in ("test", "val") if {"train", t} <= tops), None)
-    if held:
-        names = [n for n in names if Path(n).parts[0] == ("train" if split == "train" else held)]
-    elif not has_twin and len(names) >= 40:
-        names = [n for i, n in enumerate(names) if (i % 20 == 10) == (split == "test")]
+    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    kinds -= {*".bufr .eps .emf .grib .h5 .hdf .mpeg .mpg .ps .wmf".split()}  # Pillow needs other programs
+    twin = root.with_name(re.sub(r"train\.zip$", "test.zip", root.name))
+    twins = {str(root): "train", str(twin): "test"} if twin != root and twin.exists() else {}
+    images, paths, left_out, table = [], [], Counter(), {}
+    for place in map(Path, twins or [root]):
+        found = {e: os.path.splitext(e.parts[-1])[1].lower() for e in list_files(place)}
+        others = (
+            e.parts[-1] if kind in ("", ".json") else kind for e, kind in found.items() if kind not in kinds
+        )
+        left_out.update(others)
+        table |= integer_labels(found)
+        found = [e for e, kind in found.items() if kind in kinds]
+        need(found, f"there is no image in {place}; give a folder or .zip that holds some")
+        tops = {e.parts[0].lower() if e.parts[1:] else "" for e in found}
+        wrapped = len(tops) == 1 and tops <= {
+            *TRAIN,
+            *HELD_OUT,
+            place.stem.lower(),
+        }  # by a folder of its name
+        images, paths = images + found, paths + [e.parts[bool(twins) and wrapped :] for e in found]
+    shared = len(os.path.commonprefix([p[:-1] for p in paths]))
+    paths = [p[shared:] for p in paths]
+    if twins:
+        paths = [(twins[e.archive], *p) for e, p in zip(images, paths, strict=True)]
+    tops = find_splits(root, paths)
+    labelled = all(type(table.get((e.archive, e.parts))) is int for e in images)
+    if (n := left_out.pop("dataset.json", 0)) and not labelled:
+        left_out["dataset.json, which has no integer label for each image"] = n
 
-    def load(name, size):  # -> (uint8 [size, size, 3], gray?), or what is wrong
+    splits = {"train": [], "test": []}
+    for e, p in zip(images, paths, strict=True):
+        split, below = (tops.get(p[0]), p[1:]) if tops else ("train", p)
+        if split and below:
+            label = str(table[e.archive, e.parts]) if labelled else below[0] if below[1:] else ""
+            splits[split].append((label, e))
+        else:
+            left_out[f"images in {p[0]}" if below else "images beside the splits"] += 1
+    for found in splits.values():
+        names = sorted({c for c, _ in found}, key=natural)
+        text = f"{root} has images beside folders of images ({', '.join(names[1:6])}), which are classes"
+        need("" not in names[:1] or len(names) == 1, f"{text}; move them into folders, or out")
+    if not tops and len(images) < 40:
+        splits["test"] = splits["train"]
+    elif not tops:
+        classes = {}
+        for c, e in splits["train"]:
+            classes.setdefault(c, []).append(e)
+        held = {e for found in classes.values() if found[1:] for e in found[min(10, len(found) // 2) :: 20]}
+        need(held, f"{root} has one image of each class, so that none can be held out; give train/ and test/")
+        splits = {s: [x for x in splits["train"] if (x[1] in held) == (s == "test")] for s in splits}
+    return splits, left_out
+
+
+def find_splits(root, paths):
+    """Folders and name of each image -> {folder on top: "train" or "test"}, or {} where none is called so."""
+    tops = sorted({p[0] for p in paths if len(p) > 1}, key=natural)
+    train, held = ([t for t in tops if t.lower() in words] for words in (TRAIN, HELD_OUT))
+    held.sort(key=lambda t: HELD_OUT.index(t.lower()))  # beside test, val is left out
+    deeper = {p[: i + 1] for p in paths for i in range(1, len(p) - 1) if p[i].lower() in TRAIN + HELD_OUT}
+    told = len(train) == 1 and len({t.lower() for t in held}) == len(held) > 0 and not deeper
+    untold = not train and not held and len({p[-1].lower() in TRAIN for p in deeper}) < 2
+    found = ", ".join([*train, *held, *sorted(map("/".join, deeper))][:4])
+    text = f"{root} has {found} among its folders ({', '.join(tops[:4])}), which leaves open what is held out"
+    need(told or untold, f"{text}; let one train and one test lie on top, and rename others")
+    return {train[0]: "train", held[0]: "test"} if told else {}
+
+
+def integer_labels(entries):
+    """{(archive, folders and name): label} of a dataset.json as EDM and StyleGAN write it."""
+    labels = {}
+    for e in (e for e in entries if e.parts[-1] == "dataset.json"):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # it is something else
+            for name, label in json.loads(ImageFiles([e[:2]], 0, 3).read(0))["labels"]:
+                labels[e.archive, (*e.parts[:-1], *name.split("/"))] = label
+    return labels
+
+
+def list_files(root):
+    """Entries of all files in a folder or .zip but hidden ones, in natural order. Links are followed."""
+
+    def walk(folder, above):  # above: the folders around it; a link back to one of them ends
+        for item in os.scandir(folder):
+            if not item.is_dir():
+                yield "", item.path, os.path.relpath(item.path, root)
+            elif (real := os.path.realpath(item.path)) not in above:
+                yield from walk(item.path, {*above, real})
+
+    if root.is_dir():
+        found = walk(str(root), {os.path.realpath(root)})
+    else:  # read member by member and never extracted: no name can lead outside
         try:
-            return decode_image(read(files[name]), size)
-        except Exception as e:  # damaged files raise nearly anything; each is counted and named
-            return f"{name} ({why(e)})"
-
-    found = (load(n, 0) for n in names) if size == 0 else ()
-    size = size or next((len(x[0]) for x in found if isinstance(x, tuple)), 1)
-    labels, bad, grays = torch.tensor([classes[Path(n).parent.name] for n in names]), {}, set()
-    pool = ThreadPoolExecutor(os.cpu_count())  # decoding leaves Python's lock
-
-    def read_rows(rows):
-        x = np.zeros((len(rows), size, size, 3), np.uint8)
-        for i, found in enumerate(pool.map(lambda row: load(names[row], size), rows)):
-            if isinstance(found, str):
-                bad[rows[i]] = found
-            else:
-                x[i] = found[0]
-                grays.add(found[1])
-        return torch.from_numpy(x).permute(0, 3, 1, 2)
-
-    if 3 * size**2 * len(names) > most:
-        key = repr([size, [[n, *identity(files[n])] for n in names]]).encode()
-        images = Stream((len(names), 3, size, size), read_rows, key, bad)
-        return Dataset(root.stem, images, labels, list(classes), flip=True)
-    images = read_rows(range(len(names)))
-    text = f"{len(bad)} of {len(names)} images in {root} are unreadable: {', '.join([*bad.values()][:5])}"
-    need(len(bad) <= 0.01 * len(names), f"{text}; remove them")
-    images = images[:, : 1 if grays == {True} else 3].contiguous()
-    if bad:
-        say(f"warning: {text}; left out")
-        fine = torch.tensor([i not in bad for i in range(len(names))])
-        images, labels = images[fine], labels[fine]
-    return Dataset(root.stem, images, labels, list(classes), flip=True)
+            with zipfile.ZipFile(root) as archive:
+                found = [(str(root), name, name.replace("\\", "/")) for name in archive.namelist()]
+        except (OSError, zipfile.BadZipFile) as e:
+            text = f"{root} is not a readable folder or .zip ({why(e)}); give one that holds images"
+            raise UserError(text) from None
+    entries = []
+    for archive, path, name in found:
+        parts = tuple(printable(p) for p in name.split("/") if p not in ("", ".", ".."))
+        if not name.endswith("/") and not any(p[0] == "." or p in ("__MACOSX", "@eaDir") for p in parts):
+            entries.append(Entry(archive, path, parts))
+    return sorted(entries, key=lambda e: [natural(p) for p in e.parts])
 
 
-def decode_image(data, size):
-    """An image file's bytes -> (uint8 [size, size, 3], was it gray?): centre crop to a square, then resize.
+def natural(text):
+    """A key to sort by, for which 2 comes before 10."""
+    return [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", text)], text
+
+
+def printable(text):
+    """A file's name; what is not valid UTF-8 in it is escaped, as in caf\\xe9."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+@functools.lru_cache(4)
+def open_zip(path, process):
+    """Opened by each process for itself: those that share a handle by forking share its position, too."""
+    return zipfile.ZipFile(path)
+
+
+class ImageFiles(torch.utils.data.Dataset):
+    """Image files, decoded at each use: files[i] -> (uint8 [C, S, S], CRC-32 of the file), or a UserError
+    instead, so that several can be named. paths: [(a .zip or "", path there), ...]; size 0: each its own."""
+
+    def __init__(self, paths, size, channels):
+        self.paths, self.shape = paths, (len(paths), channels, size, size)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def read(self, i):
+        archive, path = self.paths[i]
+        if not archive:
+            return Path(path).read_bytes()
+        archive = open_zip(archive, os.getpid())
+        if archive.getinfo(path).file_size >= 1 << 28:
+            raise ValueError("larger than 256 MiB")
+        return archive.read(path)
+
+    def checksum(self, i):
+        """Of file i without reading it: the CRC-32 that a .zip tells, or a file's size."""
+        archive, path = self.paths[i]
+        return open_zip(archive, os.getpid()).getinfo(path).CRC if archive else os.path.getsize(path)
+
+    def __getitem__(self, i):
+        try:
+            data = self.read(i)
+            return decode_image(data, self.shape[3], self.shape[1]), zlib.crc32(data)
+        except Exception as e:  # damaged files raise nearly anything
+            text = "not an image" if isinstance(e, UnidentifiedImageError) else why(e)
+            return UserError(f"{printable(self.paths[i][1])} ({text})")
+
+
+def decode_image(data, size, channels=3):
+    """An image file's bytes -> uint8 [channels, size, size]: centre crop to a square, then resize.
 
     Palette, 16-bit, RGBA (over white) and CMYK images come out as a viewer shows them, animations as their
     first frame. size 0: the shorter side. Pillow refuses images of more than 179 million pixels.
@@ -443,64 +597,95 @@ def decode_image(data, size):
     size = size or min(image.size)
     image.draft(None, (size, size))  # JPEG: decode at a lower resolution where that is enough
     image = ImageOps.exif_transpose(image)
-    gray = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
+    if image.mode == "F":
+        raise ValueError("its pixels are floats of unknown range")
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = image.convert("RGB").convert("L" if channels == 1 else "RGB")
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image), gray
+    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 
-class Order:
-    """`rows = order(step)`: which samples make the batch of a step, int64 [bs]: a function of (seed, step).
+def read_batches(images, batches):
+    """Yields (uint8 [n, C, H, W], checksums) for each list of indices: of a tensor, or else decoded ahead of
+    use by worker processes. Raises UserError that names files that cannot be read."""
+    if torch.is_tensor(images):
+        yield from ((images[i], None) for i in batches)
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    more = {"num_workers": workers if len(images) > 256 else 0, "generator": torch.Generator()}
+    bad = []
+    for items in torch.utils.data.DataLoader(images, batch_sampler=batches, collate_fn=list, **more):
+        bad += [x for x in items if isinstance(x, UserError)]
+        if not bad:
+            yield torch.from_numpy(np.stack([x for x, _ in items])), [crc for _, crc in items]
+    text = f"{len(bad)} of {len(images)} images cannot be read: {', '.join(map(str, bad[:5]))}"
+    need(not bad, text + ", ..." * (len(bad) > 5) + "; repair or remove them")
 
-    Sample j of step s is number s * bs + j of a stream of epochs, each its own shuffle of n.
-    """
 
-    def __init__(self, n, bs, seed, device="cpu"):
-        self.n, self.bs, self.seed, self.device = n, bs, seed, torch.device(device)
-        self.epoch = functools.lru_cache(2)(self._epoch)
-
-    def _epoch(self, epoch):
-        generator = torch.Generator().manual_seed(seed_of(self.seed, "data", epoch))
-        return send(torch.randperm(self.n, generator=generator), self.device)
-
-    def __call__(self, step):
-        i, end, parts = step * self.bs, (step + 1) * self.bs, []
-        while i < end:  # a batch may span epochs
-            epoch, k = divmod(i, self.n)
-            parts.append(self.epoch(epoch)[k : k + end - i])
-            i += len(parts[-1])
-        return torch.cat(parts)
-
-    def mirrored(self, step):
-        """Which of them are to be flipped, bool [bs]."""
-        generator = torch.Generator(self.device).manual_seed(seed_of(self.seed, "flip", step))
-        return torch.rand(self.bs, generator=generator, device=self.device) < 0.5
+def evaluation_set(data, n=2048):
+    """At most n images of a split, decoded: a random choice, the same at every call."""
+    pick = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed_of("evaluate")))[:n]
+    images, _ = next(read_batches(data.images, [pick.tolist()]))
+    return replace(data, images=images, labels=data.labels[pick], content=b"")
 
 
 class Batches:
-    """`x, y = batches(step)`: images and labels in the order above, of which a rank has its slice.
+    """`x, y = batches(step)`: images and labels of one step; each rank gets its slice of the global batch.
 
-    x is float32 [bs / world, C, H, W] in [-1, 1], on the device of the uint8 tensor; y int64.
+    Sample j of step s is number s * bs + j of a stream of epochs, each its own shuffle of the dataset: a
+    function of (seed, step). x is float32 [bs / world, C, H, W] in [-1, 1] on device, y int64; flip mirrors
+    half of them.
     """
 
-    def __init__(self, data, bs, seed, device, rank=0, world=1):
-        self.images = data.images.to(device) if torch.is_tensor(data.images) else data.images
-        self.labels, self.flip = data.labels.to(device), data.flip
-        self.order = Order(len(self.images), bs, seed, device)
-        self.mine = slice(rank * bs // world, (rank + 1) * bs // world)
+    def __init__(self, data, bs, seed, device, rank=0, world=1, flip=False):
+        self.files = not torch.is_tensor(data.images)
+        where = torch.device("cpu" if self.files else device)
+        self.images = data.images if self.files else data.images.to(where)
+        self.labels, self.bs, self.seed, self.flip = data.labels.to(where), bs, seed, flip
+        self.device, self.where, self.next_step = torch.device(device), where, -1
+        self.rank_slice = slice(rank * bs // world, (rank + 1) * bs // world)
+        self.shuffle = functools.lru_cache(2)(self._shuffle)
+
+    def _shuffle(self, epoch):
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "data", epoch))
+        return send(torch.randperm(len(self.labels), generator=generator), self.where)
+
+    def indices(self, step):
+        """Which samples make the batch of a step, int64 [bs]."""
+        i, end, parts = step * self.bs, (step + 1) * self.bs, []
+        while i < end:  # a batch may span epochs
+            epoch, k = divmod(i, len(self.labels))
+            parts.append(self.shuffle(epoch)[k : k + end - i])
+            i += len(parts[-1])
+        return torch.cat(parts)
+
+    def hflip(self, step):
+        """Which of them are mirrored, bool [bs]."""
+        generator = torch.Generator(self.device).manual_seed(seed_of(self.seed, "flip", step))
+        return torch.rand(self.bs, generator=generator, device=self.device) < 0.5
+
+    def decoded(self, step):
+        """This rank's images of a step; the next steps' are decoded meanwhile."""
+        if step != self.next_step:
+            steps = itertools.count(step)
+            self.stream = read_batches(
+                self.images, (self.indices(s)[self.rank_slice].tolist() for s in steps)
+            )
+        self.next_step = step + 1
+        return send(next(self.stream)[0], self.device)
 
     def __call__(self, step):
-        rows = self.order(step)[self.mine]
-        x = self.images[rows].to(rows.device).float() / 127.5 - 1
+        indices = self.indices(step)[self.rank_slice]
+        x = (self.decoded(step) if self.files else self.images[indices]).float() / 127.5 - 1
         if self.flip:
-            x = torch.where(self.order.mirrored(step)[self.mine].view(-1, 1, 1, 1), x.flip(-1), x)
-        return x, self.labels[rows]
+            x = torch.where(self.hflip(step)[self.rank_slice].view(-1, 1, 1, 1), x.flip(-1), x)
+        return x, send(self.labels[indices], self.device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -601,8 +786,10 @@ def newest_checkpoint(path, none_yet=False):
     """The state in a file, or in the newest undamaged checkpoint of a run, which may have none_yet: None."""
     if str(path).endswith(".pt"):
         return load_checkpoint(path)
-    found = sorted((find_run(path) / "checkpoints").glob("step_*.pt"), reverse=True)
-    need(found or none_yet, f"{path} has no checkpoint yet; wait for its first, or --resume it")
+    run = find_run(path)
+    found = sorted((run / "checkpoints").glob("step_*.pt"), reverse=True)
+    text = f"{path} has no checkpoint; wait for its first, or run it again with --config {run}/run.yaml"
+    need(found or none_yet, text)
     for i, file in enumerate(found):
         try:
             return load_checkpoint(file)
@@ -613,11 +800,39 @@ def newest_checkpoint(path, none_yet=False):
     return None
 
 
+def check_run(path, mode, script, new_code=False):
+    """Raises UserError, before anything is touched, where a run to --resume or --sample has nothing to go on
+    from, or where script or common.py is not the code that it keeps in RUN/code."""
+    run = find_run(path)
+    log = run / "metrics" / "loss.jsonl"
+    if not str(path).endswith(".pt") and (mode == "sample" or log.exists() and log.stat().st_size):
+        text = f"{run} has no checkpoint to go on from; run it again with --config {run}/run.yaml"
+        need(any((run / "checkpoints").glob("step_*.pt")), text)
+    if (changed := changed_code(run, script)) and not new_code:
+        kept = sorted(f.name for f in (run / "code").glob("*.py") if f.name != "common.py")
+        own = f"{run}/code/{Path(script).name if Path(script).name in kept else (kept or ['SCRIPT.py'])[0]}"
+        text = f"{' and '.join(changed)}: not the code of this run; for that, python {own} --{mode} {path}"
+        raise UserError(text + ", for this, --new-code" * (mode == "resume"))
+
+
+def changed_code(run, script):
+    """The names of this script and common.py where RUN/code has not the same."""
+    there = {f.name: f.read_bytes() for f in (run / "code").glob("*.py")}
+    return [f.name for f in (Path(script), Path(__file__)) if there.get(f.name) != f.read_bytes()]
+
+
 def commit():
-    """Of this repository, with "-dirty" where files differ from it; "" where there is none, or no git."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    """Of this repository, "" where there is none or no git; with "-dirty" where files differ from it, or
+    scripts are not in it."""
+
+    def git(*arguments):
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout
+
     try:
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        changes = git("status", "--porcelain", "--untracked-files=normal").splitlines()
+        dirty = any(not x.startswith("??") or x.endswith(".py") for x in changes)
+        return git("rev-parse", "HEAD").strip() + "-dirty" * dirty
     except OSError:
         return ""
 
@@ -672,29 +887,39 @@ class Run:
 
     def __init__(self, cfg, script, method, backbone, rank=0):
         self.cfg, self.rank, self.pending, self.stopping, self.dir = cfg, rank, [], False, None
-        self.state = newest_checkpoint(cfg.resume, none_yet=True) if cfg.resume else None
+        self.state = newest_checkpoint(cfg.resume, none_yet=True) if cfg.resume else None  # see check_run
         old = self.state or {"step": 0, "skipped": 0, "seconds": 0.0}
         self.step, self.skipped, self.seconds = old["step"], old["skipped"], old["seconds"]
         self.first, self.seconds_before = self.step, self.seconds
-        self.streak, self.printed = 0, time.monotonic()
+        self.streak, self.printed, self.lr_before, self.last = 0, time.monotonic(), None, {}
         # What `config` in run.yaml and checkpoints holds: everything but how this process was started.
         self.config = {k: v for k, v in asdict(cfg).items() if k not in INVOCATION}
+        for k in {"dataset", "data_root", "cache", "vae"} & {*self.config}:  # found again from another folder
+            if (path := self.config[k]) not in (*BUILT_IN, "train", "") and os.path.exists(path):
+                self.config[k] = os.path.abspath(path)
         for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(s, self._stop)
         if rank:
             return
         self.dir = find_run(cfg.resume) if cfg.resume else self._make(method, backbone)
-        files = [open(self.dir / name, "a") for name in ("run.out", "run.err")]
+        escaped = {"encoding": "utf-8", "errors": "backslashreplace"}
+        files = [open(self.dir / name, "a", **escaped) for name in ("run.out", "run.err")]
         need(lock(files[0]), f"{self.dir} is in use by another process; wait for it, or start a new run")
+        new_code = changed_code(self.dir, script)
         if cfg.resume:
             self._rewind()
-        else:
-            for source in (script, __file__):
+            for file in (self.dir / "code" / name for name in new_code):
+                if file.exists():
+                    file.replace(f"{file}.until_step_{self.step:08d}")
+        for source in (script, __file__):
+            if Path(source).name in new_code:
                 shutil.copy2(source, self.dir / "code")
         self.bar = tqdm(total=100, bar_format="{l_bar}{bar}| {desc}", disable=not sys.stderr.isatty())
         sys.stdout, sys.stderr = Tee(sys.stdout, files[0]), Tee(sys.stderr, files[1])
+        if cfg.resume and new_code:
+            say(f"note    {' and '.join(new_code)} is new from here on; the old is in {self.dir}/code, too")
         if job := os.environ.get("DIFFUSION_JOB"):  # of slurm/run.sh; run and job name each other
-            write_atomically(Path(job), lambda f: f.write(f"{self.dir.resolve()}\n".encode()))
+            write_atomically(Path(job), lambda f: f.write(os.fsencode(self.dir.resolve()) + b"\n"))
             say(f"job     {os.environ.get('DIFFUSION_JOB_LOG')}")
 
     def _stop(self, number, _):
@@ -703,7 +928,7 @@ class Run:
         self.stopping = True
 
     def _make(self, method, backbone):
-        home = Path(self.cfg.logs or os.environ.get("DIFFUSION_LOGS") or "logs") / method
+        home = Path(self.cfg.out or os.environ.get("DIFFUSION_LOGS") or "logs") / method
         home.mkdir(parents=True, exist_ok=True)
         name = folder = f"{method}_{backbone}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
         for i in range(2, 1000):  # a second run in the same second gets a folder of its own
@@ -722,25 +947,39 @@ class Run:
                 text = f"{k} is {self.config[k]} now but {was} in the checkpoint"
                 raise UserError(f"{text}; restore {self.dir / 'run.yaml'} or the dataset, or start a new run")
         for file in (self.dir / "metrics").glob("*.jsonl"):
-            lines = file.read_text().splitlines(True)
-            lines = [x for x in lines if x.endswith("}\n")]  # the last may be torn
-            kept = "".join(x for x in lines if json.loads(x)["step"] <= self.step)
-            write_atomically(file, lambda f, kept=kept: f.write(kept.encode()))
+            lines = [x for x in file.read_text().splitlines(True) if x.endswith("}\n")]  # not a torn last one
+            kept = [x for x in lines if json.loads(x)["step"] <= self.step]
+            was = self.state["config"] if self.state else self.config
+            if (
+                kept
+                and file.stem == "loss"
+                and any(was.get(k) != self.config.get(k) for k in ("steps", "minutes"))
+            ):
+                self.lr_before = json.loads(kept[-1])["lr"]
+            if again := lines[
+                len(kept) :
+            ]:  # these steps are made again, but nothing that was written gets lost
+                with open(f"{file}.old", "a") as f:
+                    f.writelines(again)
+            write_atomically(file, lambda f, kept=kept: f.write("".join(kept).encode()))
         for file in (self.dir / "checkpoints").glob("step_*.pt"):
             if int(file.stem[5:]) > self.step:
                 file.replace(file.with_suffix(".pt.old"))
 
-    def describe(self, device, data, model, **more):
+    def describe(self, device, data, held_out, model, **more):
         """Writes run.yaml (at the start of a run) and prints its summary."""
         if self.rank:
             return
         count, shape = sum(p.numel() for p in model.parameters()), "x".join(map(str, data.images.shape[1:]))
+        splits = {"train": data, "test": held_out}
         facts = {
             "command": " ".join(sys.argv),
             "commit": commit(),
             "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
             "device": device_facts(device)[0],
-            "dataset": f"{data.name}, {len(data.labels)} images {shape}, blake2b {data.digest()}",
+            "dataset": {"name": data.name, "shape": shape}
+            | {k: {"images": len(v.labels), "fingerprint": v.fingerprint()} for k, v in splits.items()}
+            | {"classes": data.classes},
             "parameters": count,
             **more,
             "config": {k: list(v) if isinstance(v, tuple) else v for k, v in self.config.items()},
@@ -749,15 +988,18 @@ class Run:
             was = facts | (yaml.safe_load((self.dir / "run.yaml").read_text()) or {})
             if (before := was.get("processes")) != (now := facts.get("processes")):
                 say(f"note    {before} processes before, now {now}: not bit for bit the same run")
-            if was["dataset"] != facts["dataset"]:
-                text = f"the dataset is not the run's: {facts['dataset']} now, {was['dataset']} before"
-                need(isinstance(data.images, Stream), f"{text}; restore it, or start a new run")
-                say(f"note    {text}")  # by the files' dates, too, which copying may change
+            for k in ("train", "test", "classes"):  # it may lie elsewhere and be called otherwise
+                before, now = was["dataset"][k], facts["dataset"][k]
+                text = f"the dataset is not the run's: {k} {now} now, {before} before"
+                need(before == now, f"{text}; give that one by --dataset, or start a new run")
         else:
-            text = yaml.safe_dump(facts, sort_keys=False)
+            text = yaml.safe_dump(facts, sort_keys=False, default_flow_style=None)
             write_atomically(self.dir / "run.yaml", lambda f: f.write(text.encode()))
-        say(f"model   {type(model).__name__}, {count / 1e6:.2f} M parameters")
-        say(f"data    {data.name}, {len(data.labels):,} images {shape}, {len(data.classes)} classes")
+        names = ", ".join(data.classes[:10]) + ", ..." * (len(data.classes) > 10)
+        mirrored = ", half mirrored" if self.config.get("flip") == "on" else ""
+        counts = f"{len(data.labels):,} images {shape}{mirrored}; {len(held_out.labels):,} held out"
+        say(f"data    {data.name}, {counts}")
+        say(f"classes {len(data.classes)}: {names}")
         say(f"device  {facts['device']}; " + ", ".join(f"{k} {v}" for k, v in more.items()))
         say(f"folder  {self.dir}" + (f", going on after step {self.step}" if self.step else ""))
 
@@ -774,6 +1016,10 @@ class Run:
         """Keeps a step's numbers, which may still be on their way on the device, for the next flush()."""
         self.step = step
         self.pending.append({"step": step, **values})
+        if self.lr_before not in (None, values["lr"]):
+            text = f"learning rate {values['lr']:.3g}, {self.lr_before:.3g} before"
+            say(f"note    other --steps or --minutes than before: {text}")
+        self.lr_before = None
 
     def flush(self, done):
         """Reads what is pending back, the only time that the loop waits for the device, and logs it.
@@ -800,7 +1046,7 @@ class Run:
                 sys.exit(f"{text}; try a smaller --lr, or --dtype float32")  # status 1
         self._append("loss.jsonl", lines)
         left = round(self.seconds * (1 - done) / max(done, 1e-9))
-        loss = sum(losses) / len(losses) if losses else math.nan
+        loss = self.last["loss"] = sum(losses) / len(losses) if losses else math.nan
         text = f"step {self.step}  loss {loss:.4f}  {rate:.0f} images/s  {left // 60}:{left % 60:02} left"
         text += f"  {self.skipped} steps skipped" if self.skipped else ""
         if self.rank == 0:
@@ -823,11 +1069,22 @@ class Run:
         if dist.is_initialized():
             dist.all_reduce(losses)
         losses, tenth = losses.cpu(), (10 * t).ceil()
-        bins, loss = [losses[tenth == i] for i in range(1, 11)], losses.mean().item()
-        by_time = [x.mean().item() if len(x) else None for x in bins]
-        self._append("val.jsonl", [{"step": step, "loss": loss, "loss_t": by_time}])
+
+        def mean(x):  # JSON knows no NaN
+            return x.mean().item() if len(x) and x.isfinite().all() else None
+
+        line = {
+            "step": step,
+            "loss": mean(losses),
+            "loss_t": [mean(losses[tenth == i]) for i in range(1, 11)],
+        }
+        if bad := int((~losses.isfinite()).sum()):
+            line["not_finite"] = bad
+        self._append("val.jsonl", [line])
+        self.last["held-out loss"] = math.nan if bad else line["loss"]
         if self.rank == 0:
-            say(f"step {step}  held-out loss {loss:.4f}")
+            text = f"not finite for {bad} of {len(losses)} images" if bad else f"{line['loss']:.4f}"
+            say(f"step {step}  held-out loss {text}")
             with harmless("the curves"):
                 draw_curves(self.dir / "metrics")
 
@@ -839,7 +1096,8 @@ class Run:
         state |= {"optimizer": optimizer.state_dict(), "step": self.step, "config": self.config}
         state |= {"skipped": self.skipped, "seconds": seconds}
         home = self.dir / "checkpoints"
-        write_atomically(home / f"step_{self.step:08d}.pt", lambda f: torch.save(state, f))
+        self.last["checkpoint"] = home / f"step_{self.step:08d}.pt"
+        write_atomically(self.last["checkpoint"], lambda f: torch.save(state, f))
         for old in sorted(home.glob("step_*.pt"))[: -self.cfg.keep]:
             old.unlink()
 
@@ -855,11 +1113,11 @@ class Run:
     def pictures(self, name, images, history=()):
         """samples/NAME.png and, of a history, NAME.gif, see save_pictures."""
         if self.rank == 0:
-            with harmless("the pictures"):
-                save_pictures(self.dir / "samples" / name, images, history)
+            self.last["picture"] = self.dir / "samples" / f"{name}.{'gif' if len(history) else 'png'}"
+            save_pictures(self.dir / "samples" / name, images, history)
 
-    def close(self, clock, model, dtype, finished=True):
-        """Prints how fast it was, where the time went and where to look. Ends the processes' group.
+    def close(self, clock, finished=True):
+        """Prints where the time went and what came of it. Ends the processes' group.
 
         Where a signal and not the end of the run is the reason, exits with status PREEMPTED.
         """
@@ -872,51 +1130,36 @@ class Run:
         if self.rank:
             return
         self.bar.close()
-        if self.step > self.first:
-            images = (self.step - self.first) * self.cfg.bs / int(os.environ.get("WORLD_SIZE", 1))
-            rate = images / (clock.seconds["train"] - self.seconds_before)
-            per_image, peak = training_flops(model, self.cfg.shape), matmul_rate(clock.device, dtype)
-            tflops, peak = per_image * rate / 1e12, peak / 1e12
-            facts = {"step": self.step, "images_per_s": rate, "tflops": tflops}
-            self._append("speed.jsonl", [facts | {"tflops_of_a_product": peak, "mfu": tflops / peak}])
-            text = f"speed   {rate:.1f} images/s a process, {tflops:.3g} TFLOP/s, {tflops / peak:.0%} of the "
-            say(text + f"{peak:.3g} of a large product in {str(dtype)[6:]}")
         say("time    " + ", ".join(f"{k} {v:.1f} s" for k, v in clock.seconds.items()))
-        say(f"look at {self.dir}/samples and {self.dir}/metrics/curves.png")
-
-
-def training_flops(model, shape):
-    """FLOP of a training step of one image of this shape: three forward passes, counted on no data."""
-    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
-        deepcopy(model).to("meta")(torch.empty(1, *shape), torch.empty(1), torch.empty(1, dtype=torch.long))
-    return 3 * counter.get_total_flops()
-
-
-def matmul_rate(device, dtype):
-    """FLOP/s of the product of two large square matrices, the best of a few: what this device can reach."""
-    # Without hardware for it, bfloat16 is a hundred times slower at any size: a small product tells as much.
-    emulated = dtype == torch.bfloat16 and not device_facts(device)[1]
-    n, best = 8192 if device.type == "cuda" else 256 if emulated else 2048, math.inf
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    for _ in range(10):
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+        say(
+            f"done    step {self.step}"
+            + "".join(f", {k} {v:.4f}" for k, v in self.last.items() if "loss" in k)
+        )
+        for label, what in (("saved  ", "checkpoint"), ("look at", "picture")):
+            if what in self.last:
+                say(f"{label} {self.last[what]}")
 
 
 @contextlib.contextmanager
 def harmless(what):
-    """A picture that cannot be written, say on a full disk, is no reason to stop a training run."""
+    """A picture that cannot be made, say on a full disk, is no reason to stop a training run."""
     try:
         yield
-    except OSError as e:
-        say(f"warning: {what} could not be written ({e.strerror})")
+    except (OSError, UserError) as e:
+        say(f"warning: {what} could not be written ({e.strerror if isinstance(e, OSError) else e})")
+
+
+def check_finite(x):
+    """Raises UserError unless samples x are numbers: clamping would make a picture even of infinities."""
+    text = "the samples are not finite; give another sampler, more steps or less guidance, or train again"
+    need(x.isfinite().all(), f"{text} with a lower --lr")
 
 
 def save_pictures(path, images, history=(), columns=10):
     """PATH.png: images [N, C, H, W] in [-1, 1] as a grid. PATH.gif: a list of such, if any, 50 of each."""
     from torchvision.utils import make_grid
+
+    check_finite(images)
 
     def picture(x):
         grid = make_grid(x.float().cpu().clamp(-1, 1), columns, padding=2, pad_value=1).permute(1, 2, 0)
@@ -939,7 +1182,7 @@ def draw_curves(metrics):
     from matplotlib.figure import Figure
 
     train, val = ([json.loads(x) for x in open(metrics / f"{name}.jsonl")] for name in ("loss", "val"))
-    train = [x for x in train if x["loss"] is not None]
+    train, val = ([x for x in lines if x["loss"] is not None] for lines in (train, val))
     figure = Figure((10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     if train:  # at most 200 points, each the mean of its neighbours
@@ -949,6 +1192,10 @@ def draw_curves(metrics):
     left.set(xlabel="step", ylabel="loss", yscale="log")
     left.legend()
     for i, x in enumerate(val):
-        right.plot(np.linspace(0.05, 0.95, 10), x["loss_t"], color=str(0.8 * (1 - (i + 1) / len(val))))
+        right.plot(
+            np.linspace(0.05, 0.95, 10),
+            np.array(x["loss_t"], float),
+            color=str(0.8 * (1 - (i + 1) / len(val))),
+        )
     right.set(xlabel="t (0 = data, 1 = noise)", ylabel="held-out loss, later is darker", yscale="log")
     figure.savefig(metrics / "curves.png", dpi=110)

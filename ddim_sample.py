@@ -7,7 +7,7 @@ executed: a run from someone else runs that someone's code.
 
     python ddim_sample.py RUN                                  100 samples, classes in turn: grid and GIFs
     python ddim_sample.py RUN --solver dpmpp2m --steps 12      the same in a quarter of the evaluations
-    python ddim_sample.py RUN --num 50000 --bs 500 --npz       for FID tools; once stopped, goes on
+    python ddim_sample.py RUN --num-samples 50000 --bs 500 --npz       for FID tools; once stopped, goes on
     python ddim_sample.py RUN --interpolate 10                 rows between the noises of two samples
     python ddim_sample.py RUN --invert                         images of the dataset to noise and back
     python ddim_sample.py RUN --compare                        the same noise, every solver, 5 to 100 steps
@@ -51,14 +51,15 @@ class Config:
     weights: Literal["ema", "model"] = "ema"  # averaged, or as trained
     step: int = 0  # checkpoint of this step; 0 = the newest
     # what
-    num: int = 100  # samples
-    classes: tuple[str, ...] = ()  # such as 0,1,7, in turn; none = all
+    num_samples: int = 100  # samples (--num is the beginning of a flag of torchrun)
+    classes: tuple[str, ...] = ()  # names of classes or their numbers, such as cat dog or 0,1,7, in turn
     seed: int = 0  # sample i depends on (seed, i) alone
     bs: int = 100  # samples at a time
     interpolate: int = 0  # images a row, from the noise of one sample to that of another
     invert: bool = False  # held-out images of the run's dataset to noise and back
     compare: bool = False  # the same noise through every solver at 5, 10, 20, 50, 100 steps
-    data_root: str = ""  # for --invert, where mnist and cifar10 are; default as for training
+    dataset: str = ""  # for --invert, where the run's dataset lies now; default as for training
+    data_root: str = ""  # for --invert, where mnist and cifar10 lie; default as for training
     # output
     npz: bool = False  # also NAME.npz: uint8 arr_0 [N, H, W, C], labels arr_1, and how they were made
     png: bool = False  # also NAME/000000.png, ...
@@ -73,7 +74,7 @@ STEPS = {"ddim": 50, "heun": 18, "dpmpp2m": 15}
 def check(flags):
     """Raises UserError for values and combinations that cannot work with any run."""
     common.in_range(flags, "steps step frames interpolate", 0)
-    common.in_range(flags, "num bs", 1)
+    common.in_range(flags, "num_samples bs", 1)
     common.in_range(flags, "eta", 0, 1)
     modes = [f"--{m}" for m in ("interpolate", "invert", "compare") if getattr(flags, m)]
     files, mode = flags.npz or flags.png, " and ".join(modes)
@@ -89,7 +90,10 @@ def check(flags):
         (flags.compare and flags.solver != "ddim", "--compare takes every solver; leave out --solver"),
         (flags.compare and flags.steps, "--compare has steps of its own; leave out --steps"),
         (flags.interpolate == 1, "--interpolate is 1; give at least 2 images a row"),
-        (flags.num > 1000 and not files, "--num: no picture holds so many; add --npz or --png"),
+        (
+            flags.num_samples > 1000 and not files,
+            "--num-samples: no picture holds so many; add --npz or --png",
+        ),
     ]:
         need(not wrong, text)
 
@@ -226,7 +230,7 @@ def load_script(run):
 
 
 def load_run(path, flags):
-    """RUN or a checkpoint -> (RUN, script, its Config as RUN/run.yaml has it, the model, its step)."""
+    """RUN or a checkpoint -> (RUN, script, its Config, the model, its step, run.yaml on the dataset)."""
     run = common.find_run(path)
     if flags.step:
         path = run / "checkpoints" / f"step_{flags.step:08d}.pt"
@@ -236,25 +240,41 @@ def load_run(path, flags):
     state = common.newest_checkpoint(path)
     script = load_script(run)
     try:
-        config = yaml.safe_load((run / "run.yaml").read_text())["config"].items()
-        config = script.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config})
+        facts = yaml.safe_load((run / "run.yaml").read_text())
+        config = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["config"].items()}
+        config = script.Config(**config)
         model = script.build_model(config)
         model.load_state_dict(state[flags.weights])
     except (ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError, RuntimeError) as e:
         text = f"code, run.yaml and checkpoint of {run} do not fit together ({common.why(e)}); restore them"
         raise UserError(text) from None
-    return run, script, config, model.eval().requires_grad_(False), state["step"]
+    dataset = facts.get("dataset")
+    dataset = dataset if isinstance(dataset, dict) else {}  # runs made before 2026-11-27 tell it otherwise
+    return run, script, config, model.eval().requires_grad_(False), state["step"], dataset
+
+
+def class_numbers(asked, names):
+    """--classes, names or numbers, perhaps with commas -> numbers. names: those of the run's classes.
+
+    Where names are numbers themselves, as of folders 0, 1, 4, what is asked for is a name. Raises UserError.
+    """
+    parts = [c for part in asked for c in ([part] if part in names else part.split(",")) if c]
+    parts = [common.printable(c) for c in parts]
+    numbers = {} if any(n.isdecimal() for n in names) else {str(i): i for i in range(len(names))}
+    numbers |= {n: i for i, n in enumerate(names)}
+    there = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
+    there += f" (or 0 to {len(names) - 1})" * (not any(n.isdecimal() for n in names))
+    need(all(c in numbers for c in parts), f"--classes is {' '.join(parts)}; give some of {there}")
+    return [numbers[c] for c in parts] or list(range(len(names)))
 
 
 def settle(flags, config):
-    """The flags, with what they leave to the solver and the run filled in, and the classes to sample.
+    """The flags, with what they leave to the solver and the run filled in.
 
     config: the run's. Raises UserError for what this run cannot do.
     """
     steps, guidance, clip = flags.steps or STEPS[flags.solver], flags.guidance, flags.clip_x0
-    T, count = getattr(config, "timesteps", math.inf), getattr(config, "num_classes", 1)
-    dropout = getattr(config, "class_dropout", None)
-    classes = [c for part in flags.classes for c in part.split(",") if c]
+    T, dropout = getattr(config, "timesteps", math.inf), getattr(config, "class_dropout", None)
     if guidance == -1:  # inversion is not stable under guidance (Mokady et al. 2022)
         guidance = 1.0 if flags.invert or dropout == 1 else getattr(config, "guidance", 1.0)
     if clip == "auto":
@@ -262,17 +282,14 @@ def settle(flags, config):
     spacing = flags.spacing
     if spacing == "auto":  # nearest to the ODE's solution in 5 to 50 steps; eps tells little of x0 at t = 1
         spacing = "logsnr" if getattr(config, "objective", "") == "eps" else "uniform"
-    fits = all(c.isdecimal() and int(c) < count for c in classes)
-    unasked = dropout == 1 and (classes or guidance != 1)
+    unasked = dropout == 1 and (flags.classes or guidance != 1)
     for wrong, text in [
         (flags.steps > T, f"--steps is {steps}, but the run has only {T} times; give at most so many"),
-        (not fits, f"--classes is {' '.join(flags.classes)}; give numbers from 0 to {count - 1}"),
         (unasked, "the run is unconditional; leave out --classes and --guidance"),
         (dropout == 0 and guidance != 1, "--guidance needs a run with --class-dropout; give --guidance 1"),
     ]:
         need(not wrong, text)
-    flags = replace(flags, steps=min(steps, T), spacing=spacing, guidance=float(guidance), clip_x0=clip)
-    return flags, [int(c) for c in classes] or list(range(count))
+    return replace(flags, steps=min(steps, T), spacing=spacing, guidance=float(guidance), clip_x0=clip)
 
 
 class Job:
@@ -281,9 +298,12 @@ class Job:
     def __init__(self, path, given):
         check(given)
         self.device, self.given = common.pick_device(given.device), given
-        self.run, self.script, self.config, self.model, self.step = load_run(path, given)
+        self.run, self.script, self.config, self.model, self.step, self.dataset = load_run(path, given)
         self.model.to(self.device)
-        self.flags, self.classes = settle(given, self.config)
+        self.flags = settle(given, self.config)
+        names = [str(i) for i in range(getattr(self.config, "num_classes", 1))]
+        self.names = self.dataset.get("classes") or names
+        self.classes = class_numbers(given.classes, self.names)
         self.shape = tuple(self.script.sample_shape(self.config))
         self.conditional = getattr(self.config, "class_dropout", None) != 1
         out = Path(given.out) if given.out else self.run / "samples"
@@ -295,10 +315,12 @@ class Job:
         flags, name = self.flags, f"{self.run.resolve().name}_" if given.out else ""
         name += f"step_{self.step:08d}" + ("" if given.compare else f"_{flags.solver}{flags.steps}")
         name += f"_w{flags.guidance:g}_seed{flags.seed}"
-        for key in "eta spacing guidance_interval clip_x0 weights num classes interpolate".split():
+        for key in "eta spacing guidance_interval clip_x0 weights num_samples classes interpolate".split():
             if (value := getattr(given, key)) != getattr(Config(), key):
                 value = "-".join(map(str, value)) if isinstance(value, tuple) else value
-                name += f"_{key.replace('_', '')}{value}".replace(",", "-")
+                name += f"_{key.replace('_', '')}{value}".replace(",", "-").replace("/", "-")
+        if len(os.fsencode(name)) > 180:  # a file's name has at most 255 bytes
+            name = f"{os.fsencode(name)[:160].decode(errors='ignore')}_{seed_of(name):016x}"
         self.path = out / name
 
     def grid(self, flags):
@@ -315,6 +337,7 @@ class Job:
             x0, eps = script.predict(self.model, x, times, y, config, w)
             if flags.clip_x0 == "off":
                 return x0, eps
+            common.check_finite(x0)  # clipping would hide it
             top = torch.ones_like(x0[:, :1, :1, :1])
             if flags.clip_x0 == "dynamic":  # Saharia et al. 2022, sec. 2.3, with p = 99.5%
                 top = x0.flatten(1).abs().quantile(0.995, dim=1).clamp(min=1).view_as(top)
@@ -383,13 +406,13 @@ def sample(job):
     null = sum(flags.guidance != 1 and low <= t <= high for t in times)
     common.say(f"NFE {len(times)}" + f", and {null} with the null class for guidance" * (null > 0))
     C, H, W = job.images(torch.zeros(1, *job.shape)).shape[1:]
-    keys = "solver steps spacing eta guidance guidance_interval clip_x0 weights num seed".split()
+    keys = "solver steps spacing eta guidance guidance_interval clip_x0 weights num_samples seed".split()
     protocol = {"run": job.run.resolve().name, "step": job.step, "nfe": len(times), "nfe_null_class": null}
     protocol |= {k: getattr(flags, k) for k in keys} | {"classes": job.classes}
     protocol |= {"conditional": job.conditional, "rounding": "round(127.5 x + 127.5)", "shape": [H, W, C]}
     protocol = json.dumps(protocol)
     header, size, part = f"{protocol}\n".encode(), H * W * C, Path(f"{job.path}.part")
-    shown = min(flags.num, 100) if flags.npz or flags.png else flags.num  # in the pictures
+    shown = min(flags.num_samples, 100) if flags.npz or flags.png else flags.num_samples  # in the pictures
 
     with open(part, "a+b") as file:
         need(common.lock(file), f"{part} is in use by another process; wait for it, or give --out")
@@ -402,12 +425,12 @@ def sample(job):
             file.truncate(0)
             file.write(header)
         file.truncate(len(header) + done * size)
-        bar = tqdm(total=flags.num, initial=done, unit=" images", disable=not sys.stderr.isatty())
+        bar = tqdm(total=flags.num_samples, initial=done, unit=" images", disable=not sys.stderr.isatty())
         if done:
             common.say(f"going on after {done} samples")
         firsts = []
-        for i in range(done, flags.num, flags.bs):
-            samples = range(i, min(i + flags.bs, flags.num))
+        for i in range(done, flags.num_samples, flags.bs):
+            samples = range(i, min(i + flags.bs, flags.num_samples))
             eps, noise = job.noise(samples)
             x, film = job.solve(eps, job.labels(samples), flags, noise, flags.frames if i < shown else 0)
             images = job.images(x)
@@ -425,7 +448,7 @@ def sample(job):
             os.fsync(file.fileno())
             bar.update(len(samples))
         bar.close()
-        pack(job, np.memmap(part, np.uint8, "r", len(header), (flags.num, H, W, C)), protocol)
+        pack(job, np.memmap(part, np.uint8, "r", len(header), (flags.num_samples, H, W, C)), protocol)
         part.unlink()
 
 
@@ -446,7 +469,7 @@ def pack(job, data, protocol):
 
 def interpolate(job):
     """Rows of images between the noises of samples 0 and 1, 2 and 3, ...; a row has one class."""
-    flags, n, rows = job.flags, job.flags.interpolate, max(1, job.flags.num // job.flags.interpolate)
+    flags, n, rows = job.flags, job.flags.interpolate, max(1, job.flags.num_samples // job.flags.interpolate)
     ends = job.noise(range(2 * rows))[0].cpu().unflatten(0, (rows, 2))
     eps = torch.stack([slerp(a, b, torch.tensor(j / (n - 1))) for a, b in ends for j in range(n)])
     y = job.labels(range(rows)).repeat_interleave(n)
@@ -460,12 +483,28 @@ def interpolate(job):
 def invert_images(job):
     """Held-out images of the run's dataset up to noise and down again; prints how far they return changed."""
     flags, c = job.flags, job.config
-    root, size = flags.data_root or getattr(c, "data_root", ""), getattr(c, "image_size", 0)
-    data = common.load_dataset(c.dataset, root, "test", size, getattr(c, "channels", 0))
-    if tuple(data.images.shape[1:]) != job.shape:
+    channels, side, _ = shape = tuple(job.images(torch.zeros(1, *job.shape)).shape[1:])
+    if shape != job.shape:
         raise UserError(f"--invert is for runs on pixels, and this one is on {job.shape}; leave it out")
-    rows = torch.isin(data.labels, torch.tensor(job.classes)).nonzero().flatten()[: flags.num]
-    images, y, grid, out = data.images[rows].float() / 127.5 - 1, data.labels[rows], job.grid(flags), []
+    root = flags.data_root or getattr(c, "data_root", "")
+    data = common.load_dataset(flags.dataset or c.dataset, root, "test", side, channels)
+    was = job.dataset.get("test", {}).get("fingerprint", data.fingerprint())
+    need(
+        was == data.fingerprint(),
+        f"{flags.dataset or c.dataset} is not the run's dataset; give that by --dataset",
+    )
+    rows = (
+        torch.isin(data.labels, torch.tensor(job.classes)).nonzero().flatten()[: flags.num_samples].tolist()
+    )
+    there = ", ".join(job.names[i] for i in data.labels.unique())
+    need(rows, f"--classes: of these no image is held out; give some of {there}")
+    images, y, grid, out = (
+        next(common.read_batches(data.images, [rows]))[0],
+        data.labels[rows],
+        job.grid(flags),
+        [],
+    )
+    images = images.float() / 127.5 - 1
     for x, labels in zip(images.split(flags.bs), y.split(flags.bs), strict=True):
         f = job.predictor(flags, labels)
         noise = last(invert(f, x.to(job.device), grid, 1 / getattr(c, "timesteps", 1000)))
@@ -480,11 +519,11 @@ def invert_images(job):
 
 def compare(job):
     """A sheet of the same noise through every solver in few and many steps, and a table of what they cost."""
-    T, samples, table = getattr(job.config, "timesteps", 1000), range(min(job.given.num, 10)), []
+    T, samples, table = getattr(job.config, "timesteps", 1000), range(min(job.given.num_samples, 10)), []
     counts = sorted({min(k, T) for k in (5, 10, 20, 50, 100)})
     rows = [(solver, k, 0.0) for solver in ("ddim", "dpmpp2m", "heun") for k in counts]
     for solver, steps, eta in tqdm([*rows, ("ddim", T, 1.0)], disable=not sys.stderr.isatty()):
-        flags, _ = settle(replace(job.given, solver=solver, steps=steps, eta=eta), job.config)
+        flags = settle(replace(job.given, solver=solver, steps=steps, eta=eta), job.config)
         (eps, noise), start = job.noise(samples), time.perf_counter()
         x = job.images(job.solve(eps, job.labels(samples), flags, noise)[0]).clamp(-1, 1)
         label = f"{solver} {steps}, NFE {2 * steps - 1 if solver == 'heun' else steps}"

@@ -61,6 +61,7 @@ class Config:
     data_root: str = ""  # where mnist and cifar10 are or go; default $DIFFUSION_DATA, else data/
     image_size: int = 0  # resize to this side in pixels; 0 = the dataset's own
     channels: int = 0  # 1 gray, 3 colour, 0 = the dataset's own
+    flip: Literal["auto", "on", "off"] = "auto"  # mirror half of the images; auto = of cifar10 alone
     # optimizer
     lr: float = 2e-3  # peak learning rate of AdamW, falling linearly to zero
     warmup: int = 100  # steps until the peak
@@ -68,9 +69,10 @@ class Config:
     grad_clip: float = 1.0  # largest gradient norm; 0 = off
     ema_decay: float = 0.9999  # of the averaged weights, after their warm-up
     # run
-    logs: str = ""  # parent of run folders; default $DIFFUSION_LOGS, else logs/
+    out: str = ""  # parent of run folders; default $DIFFUSION_LOGS, else logs/
     seed: int = 0  # of everything random
     resume: str = ""  # RUN or RUN/checkpoints/step_X.pt to go on with
+    new_code: bool = False  # with --resume: go on though script or common.py differ from the run's
     config: str = ""  # a run.yaml whose flags become the defaults
     sample: str = ""  # RUN to sample, without training
     keep: int = 2  # checkpoints to keep
@@ -174,6 +176,16 @@ class Attention(nn.Module):
         return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
 
 
+class ClassEmbedding(nn.Embedding):
+    """Rows of a table by products with one-hot rows: the gradient of a look-up may be added up in no fixed
+    order (compiled, and on a GPU), and two equal runs would differ."""
+
+    def forward(self, y):
+        one_hot = y[:, None] == torch.arange(self.num_embeddings, device=y.device)
+        with torch.autocast("cuda" if y.is_cuda else "cpu", enabled=False):
+            return one_hot.float() @ self.weight
+
+
 class UNet(nn.Module):
     """model(x [B, C, H, W], t [B] in [0, 1], y int64 [B]) -> [B, C, H, W]; y = num_classes is no class."""
 
@@ -183,7 +195,7 @@ class UNet(nn.Module):
         emb = 4 * cfg.width
         self.time_dim, self.grad_checkpoint = 2 * cfg.width, cfg.grad_checkpoint
         self.time = nn.Sequential(nn.Linear(self.time_dim, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.label = nn.Embedding(cfg.num_classes + 1, emb)
+        self.label = ClassEmbedding(cfg.num_classes + 1, emb)
 
         def stage(cin, cout, level):  # a block, and attention if asked for at this resolution
             block = {"unet": ConvBlock, "resunet": ResBlock}[cfg.backbone](cin, cout, emb, cfg.dropout)
@@ -331,6 +343,7 @@ def sample(model, y, cfg, generator, steps, frames=24):
     for i in range(steps):
         t, s = ts[i].expand(len(y)), ts[i + 1].expand(len(y))
         x0, _ = predict(model, x, t, y, cfg, cfg.guidance)
+        common.check_finite(x0)  # clipping would hide it
         x0 = x0.clamp(-1, 1) if cfg.clip_x0 else x0
         noise = torch.randn(x.shape, generator=generator, device=x.device)
         x = ancestral_step(x, x0, t, s, noise, cfg)
@@ -353,15 +366,13 @@ def sample_classes(model, cfg, device):
 @torch.no_grad()
 def evaluate(model, data, cfg, device, rank, world):
     """-> (losses, times [n]) of held-out images: noise and even times are the same at every call."""
-    n = min(2048, len(data.labels))
-    generator = torch.Generator().manual_seed(seed_of("evaluate"))
-    pick = torch.randperm(len(data.labels), generator=generator)[:n]
+    n, generator = len(data.labels), torch.Generator().manual_seed(seed_of("evaluate"))
     t = (torch.arange(1, n + 1) * cfg.timesteps / n).ceil() / cfg.timesteps
     eps = torch.randn(n, *cfg.shape, generator=generator)
     losses = torch.zeros(n, device=device)  # those of the other processes stay 0
     for i in range(rank, n, 256 * world):
         rows = torch.arange(i, min(i + 256 * world, n), world)
-        x0, y = data.images[pick[rows]].to(device).float() / 127.5 - 1, data.labels[pick[rows]].to(device)
+        x0, y = data.images[rows].to(device).float() / 127.5 - 1, data.labels[rows].to(device)
         y = torch.full_like(y, cfg.num_classes) if cfg.class_dropout == 1 else y
         losses[rows] = loss_per_sample(model, x0, y, t[rows].to(device), eps[rows].to(device), cfg)
     return losses, t
@@ -373,8 +384,11 @@ def train(cfg):
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     load = functools.partial(common.load_dataset, cfg.dataset, cfg.data_root)
-    data, held_out = (load(split, cfg.image_size, cfg.channels) for split in ("train", "test"))
+    data = load("train", cfg.image_size, cfg.channels)
+    held_out = load("test", data.images.shape[-1], data.images.shape[1])
     cfg = replace(cfg, shape=tuple(data.images.shape[1:]), num_classes=len(data.classes))
+    flip = cfg.flip == "on" or (cfg.flip == "auto" and cfg.dataset == "cifar10")
+    cfg = replace(cfg, flip="on" if flip else "off")
     check(cfg)
 
     fast = common.device_facts(device)[1]
@@ -393,16 +407,17 @@ def train(cfg):
 
     run, clock = common.Run(cfg, __file__, "ddpm", cfg.backbone, rank), common.Clock(device)
     run.restore(model, ema, optimizer, clock)
-    run.describe(device, data, model, dtype=str(dtype)[6:], processes=world)
-    batches = common.Batches(data, cfg.bs, cfg.seed, device, rank, world)
+    run.describe(device, data, held_out, model, dtype=str(dtype)[6:], processes=world)
+    batches = common.Batches(data, cfg.bs, cfg.seed, device, rank, world, flip)
+    held_out = common.evaluation_set(held_out)
 
     def micro_batches(step):
         """[(x0, y, t, eps), ...] of this rank. Noise and times are drawn for the whole batch, from (seed,
         step), so that neither resuming nor the number of processes changes them."""
         x0, y = batches(step)
         generator = torch.Generator(device).manual_seed(seed_of(cfg.seed, "noise", step))
-        eps = torch.randn(cfg.bs, *cfg.shape, generator=generator, device=device)[batches.mine]
-        u = torch.rand(2, cfg.bs, generator=generator, device=device)[:, batches.mine]
+        eps = torch.randn(cfg.bs, *cfg.shape, generator=generator, device=device)[batches.rank_slice]
+        u = torch.rand(2, cfg.bs, generator=generator, device=device)[:, batches.rank_slice]
         t = (u[0] * cfg.timesteps).floor().add(1) / cfg.timesteps
         y = torch.where(u[1] < cfg.class_dropout, cfg.num_classes, y)
         torch.manual_seed(seed_of(cfg.seed, "dropout", step, rank))
@@ -415,6 +430,11 @@ def train(cfg):
             loss = loss_per_sample(net, x0, y, t, eps, cfg).mean() / cfg.grad_accum
         loss.backward()
         return loss.detach()
+
+    # What breaks in evaluating or sampling breaks now, not after hours.
+    few = replace(held_out, images=held_out.images[:8], labels=held_out.labels[:8])
+    evaluate(ema.model, few, cfg, device, rank, world)
+    sample_classes(ema.model, replace(cfg, num_samples=2, sampling_steps=1), device)
 
     step, first, seconds = run.step, run.step, clock.seconds["train"]
     net = common.compiled(model, lambda net: backward(net, *micro_batches(step)[0]), cfg, device)
@@ -444,16 +464,19 @@ def train(cfg):
         if world > 1:
             dist.all_reduce(loss)
             loss /= world
-        # 1 makes fused optimizers skip the step without asking the device, as torch.amp.GradScaler has it.
-        optimizer.found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()
-        optimizer.step()
+        finite = loss.isfinite() & grad_norm.isfinite()
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # fused: skips by itself, without waiting
+            optimizer.found_inf = (~finite).float()
+            optimizer.step()
+        elif finite:  # waits for the device
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step, (stop, seconds) = step + 1, run.agree(clock.training())
         ema.update(model, step)
         run.record(step, loss=loss, grad_norm=grad_norm, lr=lr, seconds=seconds)
 
         save = stop or done() >= 1 or due(cfg.save_every)
-        if save or due(cfg.log_every):
+        if save or due(cfg.log_every) or due(cfg.eval_every):
             run.flush(done())
         if due(cfg.eval_every):
             with clock.apart("evaluate"):
@@ -462,9 +485,9 @@ def train(cfg):
             with clock.apart("save"):
                 run.save(model, ema, optimizer, seconds)
         if due(cfg.sample_every):
-            with clock.apart("sample"):
+            with clock.apart("sample"), common.harmless("the pictures"):
                 run.pictures(f"step_{step:08d}", *sample_classes(ema.model, cfg, device))
-    run.close(clock, model, dtype, finished=done() >= 1)
+    run.close(clock, finished=done() >= 1)
 
 
 def sample_run(cfg):

@@ -25,7 +25,6 @@ import shutil
 import time
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -79,6 +78,7 @@ class Config:
     data_root: str = ""  # where mnist and cifar10 are or go; default $DIFFUSION_DATA, else data/
     image_size: int = 256  # resize to this side in pixels; 0 = the dataset's own
     channels: int = 0  # 1 gray, 3 colour, 0 = the VAE's, or with --vae train the dataset's own
+    flip: Literal["auto", "on", "off"] = "auto"  # mirror half of the images; auto = of cifar10 alone
     # optimizer: Muon for the matrices of blocks, AdamW for all else
     lr: float = 1e-3  # peak learning rate of AdamW, falling linearly to zero
     muon_lr: float = 0.02  # that of Muon
@@ -87,9 +87,10 @@ class Config:
     grad_clip: float = 1.0  # largest gradient norm; 0 = off
     ema_decay: float = 0.9999  # of the averaged weights; a young run uses less
     # run
-    logs: str = ""  # parent of run folders; default $DIFFUSION_LOGS, else logs/
+    out: str = ""  # parent of run folders; default $DIFFUSION_LOGS, else logs/
     seed: int = 0  # of everything random
     resume: str = ""  # RUN or RUN/checkpoints/step_X.pt to go on with
+    new_code: bool = False  # with --resume: go on though script or common.py differ from the run's
     config: str = ""  # a run.yaml whose flags become the defaults
     sample: str = ""  # RUN to sample, without training
     keep: int = 2  # checkpoints to keep
@@ -209,7 +210,8 @@ def train_vae(data, folder, cfg, device):
     torch.manual_seed(seed_of(cfg.seed, "vae"))
     vae = AutoencoderKL(C, C, down, up, widths, **more).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    batches, fast = common.Batches(data, bs, cfg.seed, device), common.device_facts(device)[1]
+    batches = common.Batches(data, bs, cfg.seed, device, flip=cfg.flip == "on")
+    fast = common.device_facts(device)[1]
 
     def loss_of(x, noise):
         p = vae.encode(x).latent_dist
@@ -236,9 +238,9 @@ def train_vae(data, folder, cfg, device):
         optimizer.step()
     need(loss.isfinite(), "the VAE's training diverged; look at the dataset, or give --vae a trained one")
     vae.eval().requires_grad_(False)
-    rows = torch.linspace(0, len(data.labels) - 1, 1000).long().split(50)
-    means = [vae.encode(data.images[i].to(device).float() / 127.5 - 1).latent_dist.mean for i in rows]
-    means = torch.cat(means)
+    some = [i.tolist() for i in torch.linspace(0, len(data.labels) - 1, 1000).long().split(50)]
+    some = (x.to(device).float() / 127.5 - 1 for x, _ in common.read_batches(data.images, some))
+    means = torch.cat([vae.encode(x).latent_dist.mean for x in some])
     vae.register_to_config(scaling_factor=1 / means.std().item(), shift_factor=means.mean().item())
     part = folder.with_name(folder.name + ".part")
     vae.save_pretrained(part)
@@ -265,8 +267,10 @@ def prepare(cfg, device, rank, world):
         if cfg.channels not in (0, channels):
             raise UserError(f"--channels is {cfg.channels}, but the VAE takes {channels}; leave it out")
     load = functools.partial(common.load_dataset, cfg.dataset, cfg.data_root)
-    data, held_out = (load(s, cfg.image_size, channels, most=MOST_IN_MEMORY) for s in ("train", "test"))
+    data = load("train", cfg.image_size, channels)
     C, side, _ = data.images.shape[1:]
+    held_out = load("test", side, C)
+    flip = cfg.flip == "on" or (cfg.flip == "auto" and cfg.dataset == "cifar10")
     levels = halvings(side) if train_it else len(vae.config.block_out_channels) - 1
     c = 4 if train_it else vae.config.latent_channels
     if side % 2**levels:
@@ -275,9 +279,11 @@ def prepare(cfg, device, rank, world):
         text = f"images of {side} pixels do not suit the VAE, which halves them {levels} times"
         raise UserError(f"{text}; give a multiple of {2**levels}, such as --image-size {fit}")
     cfg = replace(cfg, shape=(c, side >> levels, side >> levels), num_classes=len(data.classes))
+    cfg = replace(cfg, flip="on" if flip else "off")
     check(cfg)
     if train_it:
-        name = f"vae_{data.name}_{C}x{side}_{data.digest()[:8]}_steps{cfg.vae_steps}_seed{cfg.seed}"
+        name = f"vae_{data.name[:40]}_{C}x{side}_{data.fingerprint()[:8]}_steps{cfg.vae_steps}_seed{cfg.seed}"
+        name += "_flip" * flip
         folder = cache_folder(cfg) / name
         with alone(folder, rank, world):
             if rank == 0 and not folder.exists():
@@ -287,18 +293,12 @@ def prepare(cfg, device, rank, world):
                 common.say(f"vae     trained in {time.perf_counter() - start:.1f} s, in {folder}")
         path = str(folder.resolve())
         vae = load_vae(path, device)
-    cfg = replace(cfg, vae_path=path, vae_hash=hash_of(vae))
-    rows = torch.randperm(len(held_out.labels), generator=torch.Generator().manual_seed(0))[:2048]
-    images, bad = held_out.images[rows], getattr(held_out.images, "bad", {})
-    fine = torch.tensor([int(row) not in bad for row in rows])
-    held_out = replace(held_out, images=images[fine], labels=held_out.labels[rows[fine]])
-    return cfg, data, held_out, vae
+    return replace(cfg, vae_path=path, vae_hash=hash_of(vae)), data, held_out, vae
 
 
 # ------------------------------------------------------------------------------------------------
 # Cache: every image is encoded once, into a file that is then read in place
 
-MOST_IN_MEMORY = 4 << 30  # bytes of images; a larger dataset is read again for every use
 CHUNK = 256  # images that are encoded, written and checked together
 
 
@@ -329,17 +329,17 @@ def alone(path, rank, world):
 def encoded(data, vae, cfg, split, device, rank=0, world=1):
     """The posteriors of all images: a memory map, float16 [N, V, 2, c, h, w], of means and deviations.
 
-    V is 2 where mirrored images count, else 1. Unreadable images give NaN. The folder's name says what it
-    depends on; sums.*.txt has the checksum of each chunk that is done, so that what is missing or damaged is
-    encoded, and nothing else. Processes share the chunks.
+    V is 2 where mirrored images count, else 1. The folder's name says what it depends on; sums.*.txt has the
+    checksum of each chunk that is done, so that what is missing or damaged is encoded, and nothing else.
+    Processes share the chunks.
     """
-    fast, views = common.device_facts(device)[1], 1 + (data.flip and split == "train")
+    fast, views = common.device_facts(device)[1], 1 + (cfg.flip == "on" and split == "train")
     shape = (len(data.labels), views, 2, *cfg.shape)
-    facts = {"dataset": data.name, "split": split, "digest": data.digest(), "images": list(data.images.shape)}
+    facts = {"split": split, "fingerprint": data.fingerprint(), "images": list(data.images.shape)}
     facts |= {"vae": cfg.vae_hash, "latents": list(shape), "encoded_in": "bfloat16" if fast else "float32"}
     text = json.dumps(facts, indent=1)
     key = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-    folder = cache_folder(cfg) / f"{data.name}_{split}_{data.images.shape[-1]}px_{key}"
+    folder = cache_folder(cfg) / f"{data.name[:40]}_{split}_{data.images.shape[-1]}px_{key}"
     with alone(folder, rank, world):
         known = folder / "facts.json"
         if rank == 0 and not (known.exists() and known.read_text() == text):
@@ -361,24 +361,18 @@ def encoded(data, vae, cfg, split, device, rank=0, world=1):
         if damaged := sum(str(i) in begun for i in todo):
             common.say(f"warning: {damaged} chunks in {folder} are damaged; encoding them again")
 
-        def read(i):
-            rows = range(i * CHUNK, min((i + 1) * CHUNK, len(stored)))
-            return rows, data.images[torch.tensor(rows)]
-
-        start, pool = time.perf_counter(), ThreadPoolExecutor(1)  # reads a chunk ahead
-        ahead = [pool.submit(read, i) for i in todo[:1]]
+        chunks = [list(range(i * CHUNK, min((i + 1) * CHUNK, len(stored)))) for i in todo]
+        images, start = common.read_batches(data.images, chunks), time.perf_counter()
         with open(folder / "latents.f16", "r+b") as file, open(folder / f"sums.{rank}.txt", "a") as done:
-            for j, i in enumerate(tqdm(todo, f"encoding {split}", disable=rank > 0 or None)):
-                (rows, x), parts = ahead.pop().result(), []
-                ahead += [pool.submit(read, i) for i in todo[j + 1 : j + 2]]
+            for i in tqdm(todo, f"encoding {split}", disable=rank > 0 or None):
+                (x, _), parts = next(images), []
                 for part in x.split(at_a_time(cfg)):
                     part = part.to(device).float() / 127.5 - 1
                     with torch.autocast(device.type, torch.bfloat16, enabled=fast):
                         both = [torch.stack(encode(vae, v), 1) for v in (part, part.flip(-1))[:views]]
                     parts.append(torch.stack(both, 1).half().cpu())
                 block = torch.cat(parts).numpy()
-                block[[k for k, row in enumerate(rows) if row in getattr(data.images, "bad", ())]] = np.nan
-                file.seek(rows[0] * stored[0].nbytes)
+                file.seek(i * CHUNK * stored[0].nbytes)
                 file.write(block.tobytes())
                 file.flush()
                 os.fsync(file.fileno())
@@ -390,28 +384,22 @@ def encoded(data, vae, cfg, split, device, rank=0, world=1):
 
 
 class Latents:
-    """`mean, std, y = latents(step)`: a rank's slice of the batch in common.Order, float32 [n, c, h, w].
+    """`mean, std, y = latents(step)`: a rank's slice of what common.Batches takes, float32 [n, c, h, w].
 
-    They stay on the disk, but for a GPU of whose memory they take less than a quarter. Raises UserError if
-    more than 1% of the images were unreadable.
+    They stay on the disk, but for a GPU of whose memory they take less than a quarter.
     """
 
-    def __init__(self, stored, labels, cfg, device, rank, world):
-        fine = ~torch.from_numpy(np.isnan(stored[:, 0, 0, 0, 0, 0]))
-        if (bad := len(labels) - int(fine.sum())) > 0.01 * len(labels):
-            raise UserError(f"{bad} of {len(labels)} images are unreadable; remove them")
-        self.rows, self.device = fine.nonzero()[:, 0], device
-        self.stored, self.labels = torch.from_numpy(stored), labels
+    def __init__(self, stored, data, cfg, device, rank, world):
+        self.order = common.Batches(data, cfg.bs, cfg.seed, "cpu", rank, world)
+        self.stored, self.device, self.rank_slice = torch.from_numpy(stored), device, self.order.rank_slice
         if device.type == "cuda" and stored.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
             self.stored = self.stored.to(device)
-        self.order = common.Order(len(self.rows), cfg.bs, cfg.seed)
-        self.mine = slice(rank * cfg.bs // world, (rank + 1) * cfg.bs // world)
 
     def __call__(self, step):
-        rows, view = self.rows[self.order(step)[self.mine]], self.order.mirrored(step)[self.mine].long()
-        view, where = view % self.stored.shape[1], self.stored.device
+        rows, mirrored = (v[self.rank_slice] for v in (self.order.indices(step), self.order.hflip(step)))
+        view, where = mirrored.long() % self.stored.shape[1], self.stored.device
         posterior = common.send(self.stored[common.send(rows, where), common.send(view, where)], self.device)
-        return *posterior.float().unbind(1), common.send(self.labels[rows], self.device)
+        return *posterior.float().unbind(1), common.send(self.order.labels[rows], self.device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -457,6 +445,16 @@ def norm(dim):
     return nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
 
 
+class ClassEmbedding(nn.Embedding):
+    """Rows of a table by products with one-hot rows: the gradient of a look-up may be added up in no fixed
+    order (compiled, and on a GPU), and two equal runs would differ."""
+
+    def forward(self, y):
+        one_hot = y[:, None] == torch.arange(self.num_embeddings, device=y.device)
+        with torch.autocast("cuda" if y.is_cuda else "cpu", enabled=False):
+            return one_hot.float() @ self.weight
+
+
 class Block(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by time and class (Peebles & Xie 2022, sec. 3.2)."""
 
@@ -496,7 +494,7 @@ class DiT(nn.Module):
         self.patch, self.time_dim, self.grad_checkpoint = cfg.patch, 256, cfg.grad_checkpoint
         self.embed, self.unembed = nn.Linear(channels, dim), nn.Linear(dim, channels)
         self.time = nn.Sequential(nn.Linear(self.time_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.label = nn.Embedding(cfg.num_classes + 1, dim)
+        self.label = ClassEmbedding(cfg.num_classes + 1, dim)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         # One modulation for all blocks, each with a bias of its own (Chen et al. 2023, arXiv:2310.00426, sec.
         # 2.3), takes a quarter of the parameters and a tenth of the time off, and does not learn worse.
@@ -616,6 +614,7 @@ def sample(model, x, y, cfg, frames=12):
         x = alpha * x0 + sigma * eps
         if i * frames // steps != (i - 1) * frames // steps or i == steps - 1:
             history.append(x0)
+    common.check_finite(x)
     return x, history
 
 
@@ -718,10 +717,12 @@ def evaluate(model, stored, labels, cfg, device, rank, world):
 
 def reconstruct(run, data, vae, cfg, device):
     """samples/reconstruction.png: rows of training images, each above what the VAE makes of it."""
-    x = data.images[torch.arange(min(50, len(data.labels)))].float() / 127.5 - 1
+    x, _ = next(common.read_batches(data.images, [list(range(min(50, len(data.labels))))]))
+    x = x.float() / 127.5 - 1
     back = torch.cat([decode(encode(vae, v)[0], cfg) for v in x.to(device).split(at_a_time(cfg))]).cpu()
     rows = [v for pair in zip(x.split(10), back.split(10), strict=True) for v in pair]
-    run.pictures("reconstruction", torch.cat(rows))
+    with common.harmless("the reconstruction"):
+        run.pictures("reconstruction", torch.cat(rows))
     psnr = 10 * math.log10(4 / (back - x).square().mean().item())
     common.say(f"vae     reconstructs {len(x)} training images with a PSNR of {psnr:.1f} dB")
 
@@ -737,9 +738,9 @@ def train(cfg):
     dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if fast else "float32")
     torch.set_float32_matmul_precision("high")
     cfg, data, held_out, vae = prepare(cfg, device, rank, world)
-    stored = encoded(data, vae, cfg, "train", device, rank, world)
-    stored_held_out = encoded(held_out, vae, cfg, "test", device, rank, world)
-    latents = Latents(stored, data.labels, cfg, device, rank, world)
+    few = common.evaluation_set(held_out)
+    latents = Latents(encoded(data, vae, cfg, "train", device, rank, world), data, cfg, device, rank, world)
+    stored_held_out = encoded(few, vae, cfg, "test", device, rank, world)
 
     torch.manual_seed(seed_of(cfg.seed, "init"))
     model = build_model(cfg).to(device)  # plain: counted, averaged, saved, sampled
@@ -751,7 +752,7 @@ def train(cfg):
     run = common.Run(cfg, __file__, cfg.method, "latentdit", rank)
     run.restore(model, ema, optimizer, clock)
     shape = "x".join(map(str, cfg.shape))
-    run.describe(device, data, model, dtype=str(dtype)[6:], processes=world, latents=shape)
+    run.describe(device, data, held_out, model, dtype=str(dtype)[6:], processes=world, latents=shape)
     if rank == 0 and run.first == 0:
         if cfg.vae == "train":
             shutil.copytree(cfg.vae_path, run.dir / "code" / "vae", dirs_exist_ok=True)
@@ -763,11 +764,13 @@ def train(cfg):
         step), so that neither resuming nor the number of processes changes them."""
         mean, std, y = latents(step)
         generator = torch.Generator(device).manual_seed(seed_of(cfg.seed, "noise", step))
-        eps, fresh = torch.randn(2, cfg.bs, *cfg.shape, generator=generator, device=device)[:, latents.mine]
+        noise = torch.randn(2, cfg.bs, *cfg.shape, generator=generator, device=device)
+        eps, fresh = noise[:, latents.rank_slice]
         x0 = mean + std * fresh if cfg.latent_mode == "sample" else mean
         u = torch.rand(2, cfg.bs, generator=generator, device=device)
-        t = draw_times(u[0], cfg)[latents.mine]
-        y = torch.where(u[1, latents.mine] < cfg.class_dropout, cfg.num_classes, y)
+        t = draw_times(u[0], cfg)[latents.rank_slice]
+        y = torch.where(u[1, latents.rank_slice] < cfg.class_dropout, cfg.num_classes, y)
+        torch.manual_seed(seed_of(cfg.seed, "dropout", step, rank))  # of what a fork draws by itself
         return list(zip(*(v.chunk(cfg.grad_accum) for v in (x0, y, t, eps)), strict=True))
 
     def backward(net, x0, y, t, eps):
@@ -776,6 +779,10 @@ def train(cfg):
             loss = loss_per_sample(net, x0, y, t, eps, cfg).mean() / cfg.grad_accum
         loss.backward()
         return loss.detach()
+
+    # What breaks in evaluating or sampling breaks now, not after hours.
+    evaluate(ema.model, stored_held_out, few.labels[:8], cfg, device, rank, world)
+    decode(sample_classes(ema.model, replace(cfg, num_samples=2, sampling_steps=1), device)[0], cfg)
 
     step, first, seconds = run.step, run.step, clock.seconds["train"]
     net = common.compiled(model, lambda net: backward(net, *micro_batches(step)[0]), cfg, device)
@@ -805,32 +812,35 @@ def train(cfg):
         if world > 1:
             dist.all_reduce(loss)
             loss /= world
-        # 1 makes fused optimizers skip the step without asking the device, as torch.amp.GradScaler has it.
-        optimizer.found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()
-        optimizer.step()
+        finite = loss.isfinite() & grad_norm.isfinite()
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # fused: skips by itself, without waiting
+            optimizer.found_inf = (~finite).float()
+            optimizer.step()
+        elif finite:  # waits for the device
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step, (stop, seconds) = step + 1, run.agree(clock.training())
         ema.update(model, step)
         run.record(step, loss=loss, grad_norm=grad_norm, lr=cfg.lr * pace, seconds=seconds)
 
         save = stop or done() >= 1 or due(cfg.save_every)
-        if save or due(cfg.log_every):
+        if save or due(cfg.log_every) or due(cfg.eval_every):
             run.flush(done())
         if due(cfg.eval_every):
             with clock.apart("evaluate"):
-                labels = held_out.labels
-                run.validate(step, *evaluate(ema.model, stored_held_out, labels, cfg, device, rank, world))
+                found = evaluate(ema.model, stored_held_out, few.labels, cfg, device, rank, world)
+                run.validate(step, *found)
         if save:
             with clock.apart("save"):
                 run.save(model, ema, optimizer, seconds)
         if due(cfg.sample_every):
-            with clock.apart("sample"):
+            with clock.apart("sample"), common.harmless("the pictures"):
                 z, history = sample_classes(ema.model, cfg, device)
                 if rank == 0:
-                    run.pictures(f"step_{step:08d}", decode(z, cfg), [decode(h[:50], cfg) for h in history])
                     rgb = z[:, : 3 if z.shape[1] > 2 else 1] / 3  # three deviations either way
                     run.pictures(f"step_{step:08d}_latents", rgb)
-    run.close(clock, model, dtype, finished=done() >= 1)
+                    run.pictures(f"step_{step:08d}", decode(z, cfg), [decode(h[:50], cfg) for h in history])
+    run.close(clock, finished=done() >= 1)
 
 
 def sample_run(cfg):

@@ -85,7 +85,7 @@ def ours(script, cfg, device, dtype, use_compile):
             stored = torch.randn(len(data.labels), 1, 2, *cfg.shape).half().numpy()
             batches = ld.Latents(stored, data.labels, cfg, device, 0, 1)
         else:
-            batches = common.Batches(data, cfg.bs, 0, device)
+            batches = common.Batches(data, cfg.bs, 0, device, flip=True)
         for step in itertools.count():
             *x0, y = batches(step)
             x0 = x0[0] + x0[1] * torch.randn_like(x0[1]) if script is ld else x0[0]
@@ -221,7 +221,7 @@ def random_images(cfg):
     g, n = torch.Generator().manual_seed(0), 100 * cfg.bs
     images = torch.randint(0, 256, (n, *cfg.shape), generator=g, dtype=torch.uint8)
     labels = torch.randint(0, cfg.num_classes, (n,), generator=g)
-    return common.Dataset("random", images, labels, [str(c) for c in range(cfg.num_classes)], flip=True)
+    return common.Dataset("random", images, labels, [str(c) for c in range(cfg.num_classes)])
 
 
 def dit_contenders(flags, device):
@@ -312,6 +312,19 @@ def flops(model, call, cfg):
     return 3 * counter.get_total_flops()
 
 
+def matmul_rate(device, dtype):
+    """FLOP/s of the product of two large square matrices, the best of a few: what this device can reach."""
+    # Without hardware for it, bfloat16 is a hundred times slower at any size: a small product tells as much.
+    emulated = dtype == torch.bfloat16 and not common.device_facts(device)[1]
+    n, best = 8192 if device.type == "cuda" else 256 if emulated else 2048, math.inf
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    for _ in range(10):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
 def give_back():
     """Memory that was freed to the system, which the allocator would keep; on Linux."""
     with contextlib.suppress(AttributeError, OSError):  # glibc alone has it
@@ -372,7 +385,7 @@ def measure(contenders, cfg, calls, flags, device):
         give_back()
     for turn in range(2 + flags.rounds):
         for kind, rates in peaks.items():
-            rates.append(common.matmul_rate(device, kind))
+            rates.append(matmul_rate(device, kind))
         for row in running.values():
             start = time.perf_counter()
             for _ in range(row["count"]):

@@ -3,13 +3,13 @@
 import errno
 import functools
 import importlib
-import io
+import math
 import platform
 import re
+import shutil
 import subprocess
 import sys
-import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -19,31 +19,18 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
 import common
+import rf_dit_cifar
 from common import UserError
-
-
-def png(array, mode=None, kind="PNG", **more):
-    file = io.BytesIO()
-    image = array if isinstance(array, Image.Image) else Image.fromarray(array)
-    (image.convert(mode) if mode else image).save(file, kind, **more)
-    return file.getvalue()
-
-
-def folder(root, files):
-    for name, data in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(data)
-    return root
-
 
 # ---- datasets
 
 
 def test_digits_are_deterministic_balanced_and_split():
     a, b, test = (common.load_dataset("digits", split=s) for s in ("train", "train", "test"))
-    assert torch.equal(a.images, b.images) and a.images.shape == (20_000, 1, 28, 28) and not a.flip
+    assert torch.equal(a.images, b.images) and a.images.shape == (20_000, 1, 28, 28)
     assert test.images.shape == (2_000, 1, 28, 28) and test.labels.bincount().tolist() == [200] * 10
     train = {x.numpy().tobytes() for x in a.images}
     assert len(train) == 20_000 and not any(x.numpy().tobytes() in train for x in test.images)
@@ -75,133 +62,17 @@ def test_mnist_layout_of_torchvision_is_read(tmp_path):
         )
     data = common.load_dataset("mnist", tmp_path)
     assert np.array_equal(data.images[:, 0], images) and data.labels.tolist() == [3, 1, 4]
-    assert data.classes == [str(i) for i in range(10)] and not data.flip
+    assert data.classes == [str(i) for i in range(10)]
     assert common.load_dataset("mnist", tmp_path, image_size=32, channels=3).images.shape == (3, 3, 32, 32)
-
-
-def test_folder_and_zip_agree_at_any_depth(tmp_path):
-    rng = np.random.default_rng(0)
-    files = {
-        f"a/b/{c}/{i}.png": png(rng.integers(0, 255, (8, 8, 3), np.uint8)) for c in "xy" for i in range(30)
-    }
-    root = folder(tmp_path / "set", files)
-    with zipfile.ZipFile(tmp_path / "set.zip", "w") as z:
-        for name, data in files.items():
-            z.writestr(name, data)
-        z.writestr("../../escape/x/evil.png", files["a/b/x/0.png"])  # read as an image, never as a path
-    one, two = (common.load_dataset(str(p)) for p in (root, tmp_path / "set.zip"))
-    assert one.classes == ["x", "y"] and one.images.shape == (57, 3, 8, 8) and one.flip
-    assert two.classes == ["x", "y"] and len(two.labels) == 58 and not (tmp_path.parent / "escape").exists()
-    held = common.load_dataset(str(root), split="test")
-    seen = {x.numpy().tobytes() for x in one.images}
-    assert len(held.labels) == 3 and not any(x.numpy().tobytes() in seen for x in held.images)
-
-
-def test_splits_that_the_folder_names(tmp_path):
-    def gray(v):
-        return png(np.full((8, 8), v, np.uint8))
-
-    root = folder(tmp_path / "s", {"train/a/0.png": gray(1), "val/a/0.png": gray(2)})
-    assert [common.load_dataset(str(root), split=s).images.unique().tolist() for s in ("train", "test")] == [
-        [1],
-        [2],
-    ]
-    for split, value in (("train", 3), ("test", 4)):
-        with zipfile.ZipFile(tmp_path / f"z-{split}.zip", "w") as z:
-            z.writestr("a/0.png", gray(value))
-    path = str(tmp_path / "z-train.zip")
-    assert [common.load_dataset(path, split=s).images.unique().tolist() for s in ("train", "test")] == [
-        [3],
-        [4],
-    ]
-
-
-def test_every_kind_of_file_comes_out_right(tmp_path):
-    red = np.zeros((8, 8, 3), np.uint8)
-    red[..., 0] = 255
-    clear = np.dstack([red, np.zeros((8, 8), np.uint8)])  # fully transparent: white
-    wide = np.zeros((8, 24, 3), np.uint8)
-    wide[:, 6:18, 1] = 255  # the centre crop sees green alone
-    deep = np.full((8, 8), 40_000, np.uint16)
-    cases = {
-        "palette.gif": (png(red, "P", "GIF"), (255, 0, 0)),
-        "clear.png": (png(clear), (255, 255, 255)),
-        "cmyk.jpg": (png(red, "CMYK", "JPEG", quality=95), (255, 0, 0)),
-        "deep.png": (png(deep), (155, 155, 155)),
-        "gray.bmp": (png(np.full((8, 8), 7, np.uint8), None, "BMP"), (7, 7, 7)),
-        "wide.webp": (png(wide, None, "WEBP", lossless=True), (0, 255, 0)),
-        "one.png": (png(np.full((1, 1, 3), 9, np.uint8)), (9, 9, 9)),
-    }
-    for name, (data, colour) in cases.items():
-        pixels, _ = common.decode_image(data, 4)
-        assert pixels.shape == (4, 4, 3) and np.abs(pixels.astype(int) - colour).max() <= 3, name
-    folder(tmp_path / "g", {f"{i}.png": png(deep) for i in range(3)})
-    assert common.load_dataset(str(tmp_path / "g")).images.shape == (3, 1, 8, 8)  # all gray: one channel
-
-
-def test_unreadable_files_are_named_and_counted(tmp_path, capsys, monkeypatch):
-    good = png(np.zeros((8, 8, 3), np.uint8))
-    root = folder(tmp_path / "s", {f"train/a/{i:03}.png": good for i in range(200)} | {"test/a/x.png": good})
-    folder(root, {"train/a/bad.png": good[:20], "train/a/notes.txt": b"not an image"})
-    assert len(common.load_dataset(str(root)).labels) == 200
-    assert "bad.png" in capsys.readouterr().out
-    folder(root, {f"train/a/bad{i}.png": b"" for i in range(3)})
-    with pytest.raises(UserError, match="4 of 204 images .* unreadable"):
-        common.load_dataset(str(root))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # what Pillow's limit does to 30,000 x 30,000 pixels
-    folder(tmp_path / "bomb", {"a.png": png(np.zeros((64, 64), np.uint8))})
-    with pytest.raises(UserError, match="1 of 1 images .* unreadable.*pixels"):
-        common.load_dataset(str(tmp_path / "bomb"), image_size=8)
-
-
-@pytest.mark.parametrize(
-    "make, match",
-    [
-        (lambda p: "minst", "there is no dataset minst; give mnist"),
-        (lambda p: str(folder(p, {"readme.txt": b""})), "there is no image"),
-        (lambda p: str(folder(p, {"x.zip": b"no zip"}) / "x.zip"), "no readable folder or .zip"),
-    ],
-)
-def test_bad_datasets(tmp_path, make, match):
-    with pytest.raises(UserError, match=match):
-        common.load_dataset(make(tmp_path))
-
-
-def test_a_stream_reads_what_loading_holds(tmp_path):
-    """Folder, zip and a resized dataset: the same images, one by one; unreadable ones black and named."""
-    rng = np.random.default_rng(0)
-    files = {f"{'xy'[i % 2]}/{i:02}.png": png(rng.integers(0, 256, (8, 12, 3), np.uint8)) for i in range(50)}
-    root = folder(tmp_path / "s", files)
-    with zipfile.ZipFile(tmp_path / "s.zip", "w") as z:
-        for name, data in files.items():
-            z.writestr(name, data)
-    for name, more in (
-        (root, {}),
-        (tmp_path / "s.zip", {"image_size": 6, "channels": 1}),
-        ("digits", {"image_size": 20}),
-    ):
-        whole = common.load_dataset(str(name), **more)
-        parts = common.load_dataset(str(name), **more, most=1000)
-        assert isinstance(parts.images, common.Stream) and parts.images.shape == tuple(whole.images.shape)
-        assert torch.equal(parts.labels, whole.labels) and len(parts.images) == len(whole.images)
-        rows = torch.tensor([5, 0, 40])
-        assert torch.equal(parts.images[rows], whole.images[rows]) and not parts.images.bad
-        assert parts.digest() == common.load_dataset(str(name), **more, most=1000).digest() != whole.digest()
-    before = common.load_dataset(str(root), most=1000).digest()
-    folder(root, {"x/00.png": files["x/00.png"][:30]})
-    parts = common.load_dataset(str(root), most=1000)
-    assert parts.digest() != before
-    assert parts.images[[0, 1]].flatten(1).any(1).tolist() == [False, True]
-    assert list(parts.images.bad) == [0] and "x/00.png" in parts.images.bad[0]
 
 
 # ---- batches
 
 
-def numbered(n, flip=False):
+def numbered(n):
     images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).repeat(1, 1, 2, 2)
     images[:, :, :, 1] = 255  # left and right differ
-    return common.Dataset("numbered", images, torch.arange(n), ["a"], flip)
+    return common.Dataset("numbered", images, torch.arange(n), ["a"])
 
 
 def test_more_processes_than_gpus_is_one_line(monkeypatch):
@@ -248,12 +119,14 @@ def test_batches_shuffle_without_replacement_and_depend_on_seed_and_step_alone()
 
 
 def test_ranks_share_the_batch_flips_included():
-    whole = common.Batches(numbered(50, flip=True), 8, 0, "cpu")
-    parts = [common.Batches(numbered(50, flip=True), 8, 0, "cpu", rank, 2) for rank in (0, 1)]
+    whole = common.Batches(numbered(50), 8, 0, "cpu", flip=True)
+    parts = [common.Batches(numbered(50), 8, 0, "cpu", rank, 2, flip=True) for rank in (0, 1)]
     for step in range(7):
         assert torch.equal(torch.cat([p(step)[0] for p in parts]), whole(step)[0])
     left = torch.cat([whole(s)[0][:, 0, 0, 0] == 1 for s in range(20)]).float().mean()
     assert 0.3 < left < 0.7  # half are mirrored
+    plain = common.Batches(numbered(50), 8, 0, "cpu")
+    assert not any((plain(s)[0][:, 0, 0, 0] == 1).any() for s in range(20))  # nobody asked for it
 
 
 # ---- time embedding, EMA
@@ -357,6 +230,9 @@ def test_config_files(tmp_path, monkeypatch, text, match):
 
 def test_resume_refuses_what_would_change_the_experiment(tmp_path):
     (tmp_path / "run.yaml").write_text("config: {steps: 5, lr: 0.01}")
+    (tmp_path / "code").mkdir()
+    for file in (__file__, common.__file__):  # this file has the Config and is the script
+        shutil.copy(file, tmp_path / "code")
     run = str(tmp_path)
     assert flags("--resume", run, "--steps", "9") == Config(9, 0.01, resume=run)
     assert flags("--resume", run, "--lr", "0.01").lr == 0.01  # the same value is no change
@@ -364,6 +240,32 @@ def test_resume_refuses_what_would_change_the_experiment(tmp_path):
         flags("--resume", run, "--lr", "0.02")
     with pytest.raises(UserError, match=r"--kind b is not the run's \(a\)"):
         flags("--resume", run, "--kind", "b")
+
+
+@pytest.mark.parametrize(
+    "default, hint", [(None, "float | None"), (5e3, "int"), ((), "list[int]"), ("1", "int")]
+)
+def test_a_field_that_is_no_flag_is_a_bug_with_one_sentence(default, hint):
+    """Of a fork: tuples and Literals aside, only bool, int, float and str, with a default of that type."""
+    fork = type("Config", (), {"__annotations__": {"extra": eval(hint)}, "extra": default})
+    fork.__module__ = __name__
+    with pytest.raises(TypeError, match=r"Config.extra is .* with default .*; a flag is a bool, int, float"):
+        common.parse(dataclass(fork), "doc", [])
+
+
+def test_on_off_flags_alone_mean_on():
+    for argv, want in (([], "auto"), (["--flip"], "on"), (["--flip", "off"], "off"), (["--flip=on"], "on")):
+        assert common.parse(rf_dit_cifar.Config, "", argv).flip == want
+
+
+@pytest.mark.parametrize("name", ["ddpm_unet_mnist", "rf_dit_cifar", "latent_dit_sdvae", "ddim_sample"])
+def test_no_flag_is_one_of_torchruns_or_the_beginning_of_one(name):
+    """torchrun reads what follows the script's name, too, and takes abbreviations."""
+    theirs = [o for a in get_args_parser()._actions for o in a.option_strings if o.startswith("--")]
+    assert "--logs-specs" in theirs or "--logs_specs" in theirs
+    ours = [f.name.replace("_", "-") for f in fields(importlib.import_module(name).Config) if not f.metadata]
+    ours = [f"--{prefix}{x}" for x in ours for prefix in ("", "no-")]
+    assert not [(o, t) for o in ours for t in theirs if t.startswith(o)]
 
 
 # ---- files
@@ -384,11 +286,14 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
 
 def test_held_out_losses_are_told_by_tenths_of_time():
     rows = []
-    run = SimpleNamespace(rank=1, _append=lambda name, lines: rows.extend(lines))
+    run = SimpleNamespace(rank=1, last={}, _append=lambda name, lines: rows.extend(lines))
     common.Run.validate(run, 5, torch.arange(1.0, 11).repeat_interleave(2), (torch.arange(20) + 0.5) / 20)
     common.Run.validate(run, 6, torch.tensor([2.0, 4.0]), torch.tensor([0.95, 1.0]))
     assert rows[0] == {"step": 5, "loss": 5.5, "loss_t": [float(i) for i in range(1, 11)]}
     assert rows[1] == {"step": 6, "loss": 3.0, "loss_t": [None] * 9 + [3.0]}
+    common.Run.validate(run, 7, torch.tensor([1.0, math.nan, 3.0]), torch.tensor([0.05, 0.95, 0.45]))
+    assert rows[2]["loss"] is None and rows[2]["not_finite"] == 1  # null, not NaN, which is no JSON
+    assert rows[2]["loss_t"] == [1.0, None, None, None, 3.0] + [None] * 5
 
 
 def test_one_process_has_a_lock_and_where_there_are_none_all_have(tmp_path, monkeypatch):
@@ -410,14 +315,34 @@ def test_a_machine_without_git(monkeypatch):
     assert common.commit() == ""
 
 
+def test_a_script_that_is_not_in_git_makes_the_commit_dirty(tmp_path, monkeypatch):
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "common.py").write_text("")
+    for command in (["init", "-q"], ["add", "common.py"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    (tmp_path / "photo.png").write_bytes(b"")
+    clean = common.commit()
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    (tmp_path / "my_idea.py").write_text("")
+    assert common.commit() == f"{clean}-dirty"
+
+
 def test_errors_are_one_line_and_bugs_keep_their_traceback(capsys):
-    for error in (UserError("no such thing; give another"), OSError(28, "No space left on device", "x.pt")):
+    full = OSError(28, "No space left on device")
+    for error in (
+        UserError("no such thing; give another"),
+        full,
+        OSError(36, "File name too long", "x" * 300),
+    ):
         with pytest.raises(SystemExit) as e, common.one_line_errors():
             raise error
         text = capsys.readouterr().err
         assert e.value.code == 2 and text.startswith("error: ") and text.count("\n") == 1 and "; " in text
     with pytest.raises(ZeroDivisionError), common.one_line_errors():
         1 / 0  # noqa: B018
+    with pytest.raises(ConnectionRefusedError), common.one_line_errors():
+        raise ConnectionRefusedError(111, "Connection refused")  # about no path
 
 
 def test_pictures(tmp_path):
@@ -426,6 +351,9 @@ def test_pictures(tmp_path):
     gif, grid = Image.open(tmp_path / "x.gif"), Image.open(tmp_path / "x.png")
     assert gif.n_frames == 3 and gif.size == grid.size and np.asarray(grid).min() == 0
     assert np.asarray(gif.convert("L")).max() == 255
+    with pytest.raises(UserError, match="the samples are not finite"):
+        common.save_pictures(tmp_path / "y", images / 0)
+    assert not (tmp_path / "y.png").exists()
 
 
 # ---- the README

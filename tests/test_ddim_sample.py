@@ -392,8 +392,8 @@ def names(folder):
 def test_samples_of_a_fork_whose_script_is_gone(run, main, tmp_path):
     """Pictures by default; the run's folder is otherwise left alone."""
     code, before = names(run / "code"), names(run)
-    out = main(run, "--num", 12, "--steps", 4)
-    name = "step_00000040_ddim4_w1.5_seed0_num12"
+    out = main(run, "--num-samples", 12, "--steps", 4)
+    name = "step_00000040_ddim4_w1.5_seed0_numsamples12"
     assert "NFE 4, and 4 with the null class" in out and f"wrote {run}/samples/{name}.png" in out
     made = [p for p in names(run / "samples") if p.startswith(name)]
     assert made == [f"{name}.png", f"{name}_x0.gif", f"{name}_xt.gif"]
@@ -404,7 +404,7 @@ def test_samples_of_a_fork_whose_script_is_gone(run, main, tmp_path):
 
 def test_code_weights_and_configuration_come_from_the_run(run, main, script, tmp_path):
     """With another common.py and no scripts here, samples are the same; with the run's code changed, not."""
-    flags = ("--num", 3, "--steps", 2, "--npz", "--frames", 0)
+    flags = ("--num-samples", 3, "--steps", 2, "--npz", "--frames", 0)
     main(run, *flags, "--out", tmp_path / "a")
     home = tmp_path / "elsewhere"
     home.mkdir()
@@ -428,7 +428,7 @@ def test_a_run_of_the_first_script(main, script, tmp_path):
     p = script("ddpm_unet_mnist.py", *TINY, "--dataset", "digits", "--steps", 2, "--eval-every", 0)
     assert p.returncode == 0, p.err
     (run,) = (tmp_path / "logs" / "ddpm").iterdir()
-    main(run, "--num", 3, "--solver", "heun", "--npz", "--steps", 2)
+    main(run, "--num-samples", 3, "--solver", "heun", "--npz", "--steps", 2)
     assert arrays(run / "samples")[0].shape == (3, 16, 16, 1)
 
 
@@ -485,7 +485,7 @@ def test_a_latent_run_on_the_straight_path(main, tmp_path, solver, spacing):
     (run / "run.yaml").write_text("config: {gain: 0.5}")
     state = {"model": {"w": torch.zeros(1)}, "ema": {"w": torch.full((1,), w)}}
     torch.save(state | {"optimizer": {}, "step": 5, "config": {}}, run / "checkpoints" / "step_00000005.pt")
-    main(run, "--num", 5, "--solver", solver, "--spacing", spacing, "--steps", 300, "--npz", "--png")
+    main(run, "--num-samples", 5, "--solver", solver, "--spacing", spacing, "--steps", 300, "--npz", "--png")
     images, y, _ = arrays(run / "samples")
     assert images.shape == (5, 16, 16, 3) and y.tolist() == [0] * 5
     noise = torch.stack(
@@ -508,8 +508,8 @@ def test_a_latent_run_on_the_straight_path(main, tmp_path, solver, spacing):
 
 def test_a_sample_depends_on_seed_and_number_alone(run, main, tmp_path):
     flags, out = ("--steps", 3, "--eta", 0.7, "--npz", "--frames", 0), []
-    for i, more in enumerate((("--bs", 100), ("--bs", 3), ("--num", 7), ("--seed", 1))):
-        main(run, "--num", 10, *flags, *more, "--out", tmp_path / str(i))
+    for i, more in enumerate((("--bs", 100), ("--bs", 3), ("--num-samples", 7), ("--seed", 1))):
+        main(run, "--num-samples", 10, *flags, *more, "--out", tmp_path / str(i))
         out.append(arrays(tmp_path / str(i)))
     images, y, _ = out[0]
     assert y.dtype == np.int64 and y.tolist() == list(range(10)) and images.dtype == np.uint8
@@ -534,7 +534,7 @@ def test_a_sample_depends_on_seed_and_number_alone(run, main, tmp_path):
     ],
 )
 def test_each_flag_changes_the_samples_and_the_name(run, main, tmp_path, flags):
-    common_flags = ("--num", 4, "--npz", "--frames", 0, "--guidance", 2, "--steps", 4)
+    common_flags = ("--num-samples", 4, "--npz", "--frames", 0, "--guidance", 2, "--steps", 4)
     main(run, *common_flags, "--out", tmp_path / "a")
     main(run, *common_flags, *flags.split(), "--out", tmp_path / "b")
     assert not np.array_equal(arrays(tmp_path / "a")[0], arrays(tmp_path / "b")[0])
@@ -543,13 +543,13 @@ def test_each_flag_changes_the_samples_and_the_name(run, main, tmp_path, flags):
 
 @pytest.mark.parametrize("classes", [["0,1,7"], ["0", "1", "7"]])
 def test_classes(run, main, classes):
-    main(run, "--num", 7, "--npz", "--steps", 1, "--classes", *classes)
+    main(run, "--num-samples", 7, "--npz", "--steps", 1, "--classes", *classes)
     assert arrays(run / "samples")[1].tolist() == [0, 1, 7, 0, 1, 7, 0]
 
 
 def test_an_interrupted_job_goes_on(run, main, monkeypatch, tmp_path):
     """Stopped in its fifth batch, when the last sample of the fourth has reached the disk in part."""
-    flags = ("--num", 150, "--bs", 30, "--npz", "--steps", 2, "--frames", 2)
+    flags = ("--num-samples", 150, "--bs", 30, "--npz", "--steps", 2, "--frames", 2)
     main(run, *flags, "--out", tmp_path / "whole")
     solve, seen = d.Job.solve, []
 
@@ -575,7 +575,7 @@ def test_an_interrupted_job_goes_on(run, main, monkeypatch, tmp_path):
 
 def test_stopped_among_the_first_it_starts_anew(run, main, monkeypatch):
     """The pictures are made of the first 100 samples, which must pass in one go."""
-    flags, draw = ("--num", 120, "--bs", 40, "--npz", "--steps", 1), d.Job.draw
+    flags, draw = ("--num-samples", 120, "--bs", 40, "--npz", "--steps", 1), d.Job.draw
     monkeypatch.setattr(d.Job, "draw", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(run, *flags)
@@ -587,18 +587,26 @@ def test_stopped_among_the_first_it_starts_anew(run, main, monkeypatch):
 
 
 def test_the_file_says_how_it_was_made(run, main):
-    main(run, "--num", 2, "--npz", "--solver", "heun", "--steps", 5, "--guidance-interval", 0.5, 1)
+    main(run, "--num-samples", 2, "--npz", "--solver", "heun", "--steps", 5, "--guidance-interval", 0.5, 1)
     protocol = yaml.safe_load(arrays(run / "samples")[2])
-    want = {"run": "run", "step": 40, "solver": "heun", "nfe": 9, "nfe_null_class": 5, "num": 2, "seed": 0}
+    want = {
+        "run": "run",
+        "step": 40,
+        "solver": "heun",
+        "nfe": 9,
+        "nfe_null_class": 5,
+        "num_samples": 2,
+        "seed": 0,
+    }
     assert want.items() <= protocol.items() and protocol["guidance_interval"] == [0.5, 1]
     assert protocol["weights"] == "ema" and protocol["rounding"] and protocol["shape"] == [16, 16, 1]
 
 
 def test_interpolation_runs_from_sample_to_sample(run, main, tmp_path):
     flags = ("--solver", "dpmpp2m", "--steps", 3, "--classes", 5, "--out", tmp_path)
-    main(run, "--num", 4, *flags, "--npz")
+    main(run, "--num-samples", 4, *flags, "--npz")
     ends = arrays(tmp_path)[0][..., 0]
-    main(run, "--interpolate", 6, "--num", 12, *flags)
+    main(run, "--interpolate", 6, "--num-samples", 12, *flags)
     (file,) = tmp_path.glob("*interpolate6.png")
     sheet = np.asarray(Image.open(file).convert("L")).astype(int)  # 4 times as large, with a border of 2
     tiles = sheet[8:, 8:].reshape(-1, sheet.shape[1] - 8)
@@ -612,18 +620,21 @@ def test_interpolation_runs_from_sample_to_sample(run, main, tmp_path):
 def test_inverted_images_come_back(run, main):
     errors = []
     for steps in (20, 100):
-        out = main(run, "--invert", "--num", 20, "--steps", steps)
+        out = main(run, "--invert", "--num-samples", 20, "--steps", steps)
         errors.append(float(re.search(r"RMS error ([\d.]+) on", out)[1]))
     assert errors[1] < 0.5 * errors[0] and errors[1] < 0.05, errors
     assert "guidance 1" in out and list((run / "samples").glob("*_ddim100_*invert.png"))
 
 
 def test_compare(run, main):
-    out = main(run, "--compare", "--num", 2)
+    out = main(run, "--compare", "--num-samples", 2)
     found = [float(x) for x in re.findall(r"RMS distance to heun 100, NFE 199: ([\d.]+)", out)]
     assert len(found) == 15 and found[-1] == 0 and "ddim 1000, NFE 1000, eta 1" in out
     assert found[4] < found[0] and found[9] < found[5] and found[13] < found[10]  # more steps, nearer
-    assert Image.open(run / "samples" / "step_00000040_w1.5_seed0_num2_compare.png").size == (288, 16 * 64)
+    assert Image.open(run / "samples" / "step_00000040_w1.5_seed0_numsamples2_compare.png").size == (
+        288,
+        16 * 64,
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -671,8 +682,8 @@ def damaged(run, how):
     [
         ("", "--steps 1001", "--steps is 1001, but the run has only 1000 times"),
         ("", "--steps -1", "--steps is -1; give 0"),
-        ("", "--num 0", "--num is 0; give 1"),
-        ("", "--num 1001", "--num: no picture holds"),
+        ("", "--num-samples 0", "--num-samples is 0; give 1"),
+        ("", "--num-samples 1001", "--num-samples: no picture holds"),
         ("", "--bs 0", "--bs is 0"),
         ("", "--eta 1.5", "--eta is 1.5"),
         ("", "--eta nan", "--eta is nan"),
@@ -680,7 +691,7 @@ def damaged(run, how):
         ("", "--guidance -2", "--guidance is negative"),
         ("", "--guidance-interval 0.5", "--guidance-interval takes two"),
         ("", "--guidance-interval 0.8 0.2", "--guidance-interval takes two"),
-        ("", "--classes 3 10", "--classes is 3 10; give numbers from 0 to 9"),
+        ("", "--classes 3 10", "--classes is 3 10; give some of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
         ("", "--classes seven", "--classes is seven"),
         ("", "--step 30", "--step 30 is not among .* there are 20, 40"),
         ("", "--interpolate 1", "--interpolate is 1"),
@@ -702,12 +713,12 @@ def damaged(run, how):
         ("other weights", "", "do not fit together .*size mismatch|do not fit together .*loading state_dict"),
         ("other flags", "", "do not fit together .*obscured"),
         ("no yaml", "", "do not fit together"),
-        ("no checkpoint", "", "has no checkpoint yet"),
+        ("no checkpoint", "", "has no checkpoint; wait for its first, or run it again with --config"),
         ("damaged checkpoints", "", "cannot be loaded"),
         ("unconditional", "--classes 1", "the run is unconditional"),
         ("unconditional", "--guidance 2", "the run is unconditional"),
         ("own error", "", "there is no dataset"),
-        ("diverges", "--num 2 --steps 1", "not finite"),
+        ("diverges", "--num-samples 2 --steps 1", "not finite"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(run, main, capsys, tmp_path, how, flags, match):
@@ -731,17 +742,17 @@ def test_no_run(main, capsys, argv, match):
 
 
 def test_a_part_file_of_other_settings_is_not_touched(run, main, capsys):
-    main(run, "--num", 2, "--steps", 1, "--npz", "--frames", 0)
+    main(run, "--num-samples", 2, "--steps", 1, "--npz", "--frames", 0)
     (file,) = (run / "samples").glob("*ddim1_*.npz")
     part = file.with_name(file.stem + ".part")
     part.write_bytes(b"{}\nprecious")
     with pytest.raises(SystemExit):
-        main(run, "--num", 2, "--steps", 1, "--npz", "--frames", 0)
+        main(run, "--num-samples", 2, "--steps", 1, "--npz", "--frames", 0)
     assert "is of a job with other settings; " in capsys.readouterr().err
     assert part.read_bytes() == b"{}\nprecious"
 
 
 def test_an_unconditional_run_labels_nothing(run, main):
     damaged(run, "unconditional")
-    main(run, "--num", 3, "--steps", 1, "--npz")
+    main(run, "--num-samples", 3, "--steps", 1, "--npz")
     assert arrays(run / "samples")[1].tolist() == [-1, -1, -1]

@@ -271,18 +271,17 @@ def test_overfits_sixteen_images(tmp_path, monkeypatch):
     model.load_state_dict(state["ema"])
     images, _ = ddpm.sample(model.eval(), torch.arange(10), cfg, torch.Generator().manual_seed(0), 100)
     targets = data.images[:16].float() / 127.5 - 1
-    targets = torch.cat([targets, targets.flip(-1)])  # a folder's images are mirrored half of the time
     error = torch.cdist(images.flatten(1), targets.flatten(1)).square() / 256
     nearest = error.min(1)
     assert nearest.values.median() < 0.06, nearest  # the mean square of a digit is about 0.8
-    assert (nearest.indices % 16 % 10 == torch.arange(10)).float().mean() >= 0.9  # and of the class asked for
+    assert (nearest.indices % 10 == torch.arange(10)).float().mean() >= 0.9  # and of the class asked for
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch):
     original, calls = ddpm.loss_per_sample, []
 
     def sabotaged(*args):
-        calls.append(1)
+        calls.append(1) if torch.is_grad_enabled() else None  # not those of evaluation
         return original(*args) * (float("nan") if len(calls) in (3, 4, 8) else 1)
 
     monkeypatch.setattr(ddpm, "loss_per_sample", sabotaged)
@@ -450,7 +449,8 @@ def test_a_run_folder_is_complete(whole):
     )
     assert (
         "--bs 8" in info["command"]
-        and info["dataset"].startswith("digits, 20000 images 1x16x16")
+        and info["dataset"]["name"] == "digits"
+        and info["dataset"]["shape"] == "1x16x16"
         and info["device"]
     )
     assert (run / "code" / NAME).read_text() == Path(ddpm.__file__).read_text()
@@ -605,7 +605,7 @@ def test_another_dataset_is_noticed_on_resume(tmp_path, monkeypatch, capsys):
     (images / "8.png").rename(tmp_path / "8.png")
     with pytest.raises(SystemExit) as e:
         go_on("--resume", run, "--steps", 5)
-    assert e.value.code == 2 and "the dataset is not the run's: images, 8 images" in capsys.readouterr().err
+    assert e.value.code == 2 and "the dataset is not the run's: train {'images': 8" in capsys.readouterr().err
     (tmp_path / "8.png").rename(images / "8.png")
     assert len(lines(go_on("--resume", run, "--steps", 5))) == 5
 

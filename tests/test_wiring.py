@@ -1,0 +1,404 @@
+"""The three training loops: what they train on and evaluate, what they never do, how they go on.
+
+A fork changes model and method; here stands what it may rely on. Each test was seen to fail on a loop that is
+wired otherwise: another split, another share of null classes, images mirrored by another step, raw weights.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+from test_ddim_sample import main  # noqa: F401
+from test_latent_dit_sdvae import small_vae
+
+import common
+import ddim_sample as d
+import ddpm_unet_mnist as ddpm
+import latent_dit_sdvae as ld
+import rf_dit_cifar as rf
+
+TINY = "--dataset digits --image-size 16 --bs 8 --sampling-steps 4 --num-samples 10 --log-every 1".split()
+TINY += "--dtype float32 --warmup 5".split()
+SMALL = {
+    ddpm: "--width 8 --mults 1 2".split(),
+    rf: "--dim 32 --depth 2 --heads 2 --patch 4".split(),
+    ld: "--dim 32 --depth 2 --heads 2 --patch 1 --latent-mode mean".split(),
+}
+every_script = pytest.mark.parametrize("script", SMALL, ids=lambda s: s.__name__)
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """Flags of the third script: a random VAE and a cache of latents."""
+    home = tmp_path_factory.mktemp("vae")
+    return ["--vae", small_vae(home / "vae", scaling_factor=0.7), "--cache", str(home / "cache")]
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, vae):
+    """train(script, *flags) in this process, with logs in tmp_path/NAME; -> its newest run."""
+
+    def train(script, *flags, logs="logs", status=0, compiled=False):
+        monkeypatch.setenv("DIFFUSION_LOGS", str(tmp_path / logs))
+        handlers, left = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}, 0
+        start = [] if "--resume" in flags else [*TINY, *SMALL[script], *(vae if script is ld else ())]
+        start += [] if "--resume" in flags else ["--compile", "on" if compiled else "off"]
+        with monkeypatch.context() as m:
+            m.setattr("sys.stdout", sys.stdout)
+            m.setattr("sys.stderr", sys.stderr)
+            try:
+                with common.one_line_errors():
+                    script.train(common.parse(script.Config, script.__doc__, [*start, *map(str, flags)]))
+            except SystemExit as e:
+                left = e.code
+            finally:
+                for s, h in handlers.items():
+                    signal.signal(s, h)
+        assert left == status
+        return max((tmp_path / logs).glob("*/*"), key=lambda p: p.stat().st_mtime_ns, default=None)
+
+    return train
+
+
+def lines(run, name="loss"):
+    file = run / "metrics" / f"{name}.jsonl"
+    return [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
+
+
+def weights(run):
+    state = common.newest_checkpoint(run)
+    return [state["step"], *state["model"].values(), *state["ema"].values(), state["optimizer"]["state"]]
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    return True
+
+
+def at_step(monkeypatch, step, action):
+    """Calls action() once, after the given step."""
+    original = common.Run.record
+
+    def record(self, now, **values):
+        original(self, now, **values)
+        if now == step:
+            action()
+
+    monkeypatch.setattr(common.Run, "record", record)
+
+
+# ---- what goes in
+
+
+@every_script
+def test_the_loop_trains_and_evaluates_as_it_says(script, train, vae, monkeypatch):
+    """Training images in order, mirrored by step; null classes; held-out images and the averaged weights."""
+    calls, loss_per_sample, sampled, sample = [], script.loss_per_sample, [], script.sample
+
+    def spy(model, x0, y, t, eps, cfg):
+        out = loss_per_sample(model, x0, y, t, eps, cfg)
+        state = None if torch.is_grad_enabled() else {k: v.clone() for k, v in model.state_dict().items()}
+        calls.append((x0.clone(), y.clone(), t.clone(), state, out.detach().clone()))
+        return out
+
+    def spy_sample(model, *args, **more):
+        sampled.append({k: v.clone() for k, v in model.state_dict().items()})
+        return sample(model, *args, **more)
+
+    monkeypatch.setattr(script, "loss_per_sample", spy)
+    monkeypatch.setattr(script, "sample", spy_sample)
+    run = train(script, "--steps", 60, "--flip", "--class-dropout", 0.3, "--seed", 3, "--eval-every", 60)
+    data, held_out = (common.load_dataset("digits", split=s, image_size=16) for s in ("train", "test"))
+    network = ld.load_vae(vae[1], torch.device("cpu"))
+    encode = (lambda x: ld.encode(network, x)[0]) if script is ld else lambda x: x
+    batches = common.Batches(data, 8, 3, "cpu", flip=True)
+    trained = [c for c in calls if c[3] is None]
+    assert len(trained) == 60
+    nulls = 0
+    for step, (x0, y, t, _, _) in enumerate(trained):
+        x, labels = batches(step)
+        torch.testing.assert_close(x0, encode(x), rtol=0, atol=0.03)  # latents are kept in bfloat16
+        assert ((y == labels) | (y == 10)).all() and 0 < t.min() and t.max() <= 1
+        nulls += (y == 10).sum().item()
+    assert 0.22 < nulls / 480 < 0.38  # of 480 draws, four deviations either way
+
+    state = common.newest_checkpoint(run)
+    assert any(not torch.equal(state["ema"][k], v) for k, v in state["model"].items())
+    last = [c for c in calls if c[3] is not None][-8:]  # 2,000 held-out images in batches of 256
+    ours, others = (encode(d.images / 127.5 - 1).flatten(1) for d in (held_out, data))
+    for x0, _, _, used, _ in last:
+        assert same(used, state["ema"])
+        near, far = (torch.cdist(x0.flatten(1)[:20], x).min(1)[0] for x in (ours, others))
+        assert near.max() < 0.2 * far.min(), (near, far)
+    assert same(sampled[-1], state["ema"])
+    (val,) = lines(run, "val")
+    assert val["loss"] == pytest.approx(torch.cat([c[4] for c in last]).mean().item(), rel=1e-5)
+
+
+@every_script
+def test_what_breaks_in_evaluation_breaks_before_the_first_step(script, train, monkeypatch, tmp_path):
+    """... and in sampling: not after hours, with nothing saved."""
+    for name in ("evaluate", "predict"):
+        with monkeypatch.context() as m:
+            m.setattr(script, name, lambda *a, **k: [][1])
+            with pytest.raises(IndexError):
+                train(script, "--steps", 5, logs=name)
+        (run,) = (tmp_path / name).glob("*/*")
+        assert not lines(run)
+
+
+# ---- what never happens
+
+
+def adamw(groups, lr, *_, **__):
+    return torch.optim.AdamW(groups, lr)
+
+
+OPTIMIZERS = [adamw, torch.optim.NAdam, torch.optim.RMSprop, torch.optim.SGD, torch.optim.AdamW]
+
+
+@pytest.mark.parametrize(
+    "kind", OPTIMIZERS, ids=["AdamW, not fused", "NAdam", "RMSprop", "SGD", "AdamW, fused"]
+)
+def test_a_step_that_is_not_finite_is_never_applied_whatever_the_optimizer(train, monkeypatch, kind):
+    """A fork's, in place of the script's: fused ones skip by themselves, others are not called."""
+    original, calls = rf.loss_per_sample, []
+
+    def sabotaged(model, *args):
+        calls.append(torch.is_grad_enabled())
+        return original(model, *args) * (float("nan") if calls.count(True) in (3, 4) and calls[-1] else 1)
+
+    def make_optimizer(model, cfg, dtype):
+        more = {"fused": True} if kind is torch.optim.AdamW else {}
+        optimizer = kind([{"params": list(model.parameters())}], lr=1e-3, **more)
+        optimizer.param_groups[0]["peak"] = 1e-3
+        return optimizer
+
+    monkeypatch.setattr(rf, "loss_per_sample", sabotaged)
+    monkeypatch.setattr(rf, "make_optimizer", make_optimizer)
+    run = train(rf, "--steps", 6, "--save-every", 1, "--keep", 9, "--eval-every", 0)
+    assert [x["step"] for x in lines(run) if x.get("skipped")] == [3, 4]
+    state = [common.load_checkpoint(f)["model"] for f in sorted((run / "checkpoints").iterdir())]
+    moved = [any(not torch.equal(a[k], b[k]) for k in a) for a, b in zip(state, state[1:], strict=False)]
+    assert moved == [True, False, False, True, True]
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "rk4"])
+def test_samplers_never_ask_at_the_end_where_eps_is_undefined(solver):
+    """A network that predicts x0 has eps = (x - (1 - t) x0) / t."""
+    asked = []
+
+    def predict(model, x, t, y, cfg, guidance=1.0):
+        asked.append(t[0].item())
+        return 0.3 * torch.ones_like(x), (x - 0.3 * (1 - t.view(-1, 1, 1, 1))) / t.view(-1, 1, 1, 1)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(rf, "predict", predict)
+        cfg = rf.Config(solver=solver, sampling_steps=5, guidance=1.0)
+        x, _ = rf.sample(None, torch.randn(4, 1, 2, 2), torch.zeros(4, dtype=torch.long), cfg)
+    torch.testing.assert_close(x, torch.full_like(x, 0.3), atol=1e-5, rtol=0)
+    assert min(asked) == pytest.approx({"euler": 0.2, "heun": 0.2, "rk4": 0.2}[solver])
+
+
+@every_script
+def test_samples_that_are_not_finite_are_an_error(script, train, monkeypatch, capsys):
+    """Not pictures of -1 and 1; while training, a warning: the run goes on."""
+    run = train(script, "--steps", 2, "--sample-every", 0)
+    original, seen = script.predict, []
+
+    def predict(*args, **more):
+        seen.append(1)
+        return [v * (float("inf") if len(seen) > 1 else 1) for v in original(*args, **more)]
+
+    monkeypatch.setattr(script, "predict", predict)
+    run = train(script, "--steps", 2)
+    assert "warning: the pictures could not be written (the samples are not finite" in capsys.readouterr().out
+    assert not list((run / "samples").glob("step*")) and len(lines(run)) == 2
+    with pytest.raises(common.UserError, match="the samples are not finite"):
+        script.sample_run(common.parse(script.Config, "", ["--sample", str(run)]))
+
+
+# ---- how they go on
+
+
+@every_script
+def test_compiled_runs_resume_bit_for_bit(script, train):
+    """As used: compiled, two threads, gradients large enough to be added up by both of them."""
+    assert torch.get_num_threads() == 2
+    large = {
+        ddpm: ["--mults", 1, "--bs", 256],
+        rf: ["--dim", 128, "--bs", 64],
+        ld: ["--dim", 128, "--bs", 64],
+    }
+    flags = [*large[script], "--steps", 24, "--save-every", 12, "--eval-every", 0, "--sample-every", 0]
+    run = train(script, *flags, compiled=True)
+    whole, losses = weights(run), [x["loss"] for x in lines(run)]
+    train(script, "--resume", run / "checkpoints" / "step_00000012.pt")
+    assert same(weights(run), whole) and [x["loss"] for x in lines(run)] == losses
+
+
+@pytest.mark.parametrize("script", [ddpm, rf], ids=lambda s: s.__name__)
+def test_what_a_fork_draws_in_its_loss_is_the_same_when_resumed(script, train, monkeypatch):
+    original = script.loss_per_sample
+
+    def noisy(model, x0, y, t, eps, cfg):
+        return original(model, x0 + 0.1 * torch.rand(1), y, t, eps, cfg)
+
+    monkeypatch.setattr(script, "loss_per_sample", noisy)
+    whole = train(script, "--steps", 8, "--eval-every", 0, logs="whole")
+    with monkeypatch.context() as m:
+        at_step(m, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run = train(script, "--steps", 8, "--eval-every", 0, logs="cut", status=common.PREEMPTED)
+    assert same(weights(train(script, "--resume", run, logs="cut")), weights(whole))
+
+
+def snapshot(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_without_checkpoints_is_not_begun_anew(train, capsys):
+    """Deleted to save space, as those of the example runs: what it has recorded is not touched."""
+    run = train(ddpm, "--steps", 4)
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+    before = snapshot(run)
+    train(ddpm, "--resume", run, status=2)
+    error = capsys.readouterr().err
+    assert (
+        error == f"error: {run} has no checkpoint to go on from; run it again with --config {run}/run.yaml\n"
+    )
+    assert snapshot(run) == before
+    (run / "metrics" / "loss.jsonl").unlink()  # one that was killed before its first step
+    train(ddpm, "--resume", run)
+    assert len(lines(run)) == 4
+
+
+def test_nothing_that_was_recorded_gets_lost(train):
+    """Resumed from an earlier checkpoint: steps that are made again stay beside the new ones."""
+    run = train(rf, "--steps", 6, "--save-every", 2, "--keep", 9, "--eval-every", 2)
+    before = {name: lines(run, name) for name in ("loss", "val")}
+    train(rf, "--resume", run / "checkpoints" / "step_00000004.pt", "--steps", 5)
+    for name, later in (("loss", 2), ("val", 1)):
+        old = [json.loads(x) for x in (run / "metrics" / f"{name}.jsonl.old").read_text().splitlines()]
+        assert old == before[name][-later:] and lines(run, name)[:-1] == before[name][:-later]
+    assert (run / "checkpoints" / "step_00000006.pt.old").exists()
+
+
+def test_edited_code_is_refused_with_two_ways_on(train, script, capsys):
+    """Resumed or sampled with another target than it was trained for, a run would be quietly wrong."""
+    run = train(rf, "--steps", 4, "--eval-every", 0)
+    code = run / "code" / "rf_dit_cifar.py"
+    text = code.read_text()
+    edited = text.replace("(eps - x0)).square()", "(x0 - eps)).square()")
+    assert edited != text
+    code.write_text(edited)  # the script here is the one that was edited
+    before = snapshot(run)
+    for other, mode in ((rf, "--resume"), (rf, "--sample"), (ddpm, "--resume")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="2"), common.one_line_errors():
+            common.parse(other.Config, "", [mode, str(run)])
+        error, name = capsys.readouterr().err, f"{other.__name__}.py"
+        assert error.startswith(f"error: {name}: not the code of this run; for that, python ")
+        assert f"python {code} {mode} {run}" in error and error.count("\n") == 1
+        assert ("--new-code" in error) == (mode == "--resume")
+    assert snapshot(run) == before
+
+    p = script(code, "--resume", run, "--steps", 5)
+    assert p.returncode == 0 and len(lines(run)) == 5, p.err
+    train(rf, "--resume", run, "--steps", 6, "--new-code")
+    assert "note    rf_dit_cifar.py is new from here on" in capsys.readouterr().out
+    assert code.read_text() == text and code.with_suffix(".py.until_step_00000005").read_text() == edited
+    train(rf, "--resume", run, "--steps", 7)  # now it is the run's
+    train(rf, "--new-code", "--steps", 2, status=2)
+    assert "--new-code says how to --resume RUN" in capsys.readouterr().err
+
+
+def test_a_moved_dataset_is_the_same_dataset(train, main, tmp_path, capsys):  # noqa: F811
+    """Another place may be named on resuming and for --invert; other content is refused."""
+    for i in range(50):
+        file = tmp_path / "here" / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        common.save_pictures(file.with_suffix(""), torch.randn(1, 1, 16, 16), columns=1)
+    run = train(rf, "--dataset", tmp_path / "here", "--steps", 3)
+    capsys.readouterr()
+    (tmp_path / "here").rename(tmp_path / "there")
+    train(rf, "--resume", run, "--steps", 4, status=2)
+    assert "there is no dataset" in capsys.readouterr().err
+    train(rf, "--resume", run, "--steps", 4, "--dataset", tmp_path / "there")
+    other = shutil.copytree(tmp_path / "there", tmp_path / "other")
+    shutil.copy(other / "a" / "0.png", other / "a" / "2.png")
+    train(rf, "--resume", run, "--steps", 5, "--dataset", other, status=2)
+    assert "the dataset is not the run's: train" in capsys.readouterr().err
+    main(run, "--invert", "--steps", 2, "--dataset", tmp_path / "there")
+    with pytest.raises(SystemExit, match="2"):
+        main(run, "--invert", "--classes", "b", "--dataset", other)
+    assert "is not the run's dataset; give that by --dataset" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(run, "--invert")
+    assert "there is no dataset" in capsys.readouterr().err
+    facts = common.yaml.safe_load((run / "run.yaml").read_text())
+    assert facts["config"]["dataset"] == str(tmp_path / "here") and facts["config"]["flip"] == "off"
+    assert facts["dataset"]["classes"] == ["a", "b"] and facts["dataset"]["test"]["images"] == 2
+
+
+def test_a_longer_run_says_that_its_learning_rate_jumps(train, capsys):
+    run = train(ddpm, "--steps", 20, "--eval-every", 0)
+    capsys.readouterr()
+    train(ddpm, "--resume", run, "--steps", 40)
+    (note,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("note")]
+    assert note == "note    other --steps or --minutes than before: learning rate 0.001, 0.0001 before"
+    train(ddpm, "--resume", run)
+    assert "learning rate" not in capsys.readouterr().out
+
+
+def test_evaluating_more_often_than_logging_warns_of_nothing(train, capsys):
+    run = train(rf, "--steps", 6, "--eval-every", 2, "--log-every", 100)
+    assert "warning" not in capsys.readouterr().out and (run / "metrics" / "curves.png").exists()
+
+
+def test_loss_that_is_not_finite_at_one_time_is_null_and_counted(train, monkeypatch):
+    original = rf.loss_per_sample
+
+    def sabotaged(model, x0, y, t, eps, cfg):
+        loss = original(model, x0, y, t, eps, cfg)
+        return loss if torch.is_grad_enabled() else torch.where(t < 0.001, float("nan"), loss)
+
+    monkeypatch.setattr(rf, "loss_per_sample", sabotaged)
+    run = train(rf, "--steps", 2, "--eval-every", 1)
+    text = (run / "metrics" / "val.jsonl").read_text()
+    assert "NaN" not in text and (run / "metrics" / "curves.png").exists()
+    assert all(x["loss"] is None and x["not_finite"] == 2 and x["loss_t"][1] > 0 for x in lines(run, "val"))
+
+
+def test_classes_by_name(tmp_path, train, main, capsys):  # noqa: F811
+    """Folders 0, 1, 2, 4, 10: a number is a folder's name, not its place."""
+    for name in ("0", "1", "2", "4", "10"):
+        for i in range(9):
+            file = tmp_path / "set" / name / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            common.save_pictures(file.with_suffix(""), torch.randn(1, 1, 16, 16), columns=1)
+    (tmp_path / "set" / "3").mkdir()
+    run = train(ddpm, "--dataset", tmp_path / "set", "--steps", 2)
+    names = common.yaml.safe_load((run / "run.yaml").read_text())["dataset"]["classes"]
+    assert names == ["0", "1", "2", "4", "10"]
+    assert d.class_numbers(["4", "10,0"], names) == [3, 4, 0] and d.class_numbers([], names) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+    with pytest.raises(common.UserError, match="--classes is 3; give some of 0, 1, 2, 4, 10$"):
+        d.class_numbers(["3"], names)
+    pets = ["cat", "dog", "a,b", r"caf\xe9"]
+    assert d.class_numbers(["dog,0", "a,b", "caf\udce9", "3"], pets) == [1, 0, 2, 3, 3]
+    with pytest.raises(common.UserError, match=r"give some of cat, dog, a,b, caf\\xe9 \(or 0 to 3\)"):
+        d.class_numbers(["bird"], pets)
+    flags = ["--steps", 1, "--num-samples", 4, "--classes", *"0 1 2 4 10".split() * 20]
+    main(run, *flags)  # 100 of them: names of files have an end
+    assert max(len(p.name) for p in (run / "samples").iterdir()) < 200
+    main(run, "--invert", "--steps", 2, "--classes", 4)
