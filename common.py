@@ -1,6 +1,7 @@
 """What the scripts share, and nothing else: flags and errors, datasets, time embedding, EMA, run folders."""
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import difflib
@@ -13,6 +14,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -154,8 +156,9 @@ def parse(Config, doc, argv=None):
         return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(known).items()}
 
     given = read(argv)
-    modes = [m for m in ("config", "resume", "sample") if given.get(m)]
+    modes = [m for m in ("config", "resume", "sample") if m in given]
     need(len(modes) < 2, f"--{' and --'.join(modes)} contradict each other; give one of them")
+    need(all(given[m] for m in modes), f"--{''.join(modes)} is empty; give a path, or leave it out")
     need(not given.get("new_code") or modes == ["resume"], "--new-code says how to --resume RUN; give both")
     if not modes:
         return Config(**given)
@@ -168,6 +171,9 @@ def parse(Config, doc, argv=None):
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as e:
         text = f"{file} is no readable run.yaml ({why(e)}); give one that a run has written"
         raise UserError(text) from None
+    if given.get("new_code") and (gone := [k for k in stored if k not in hints]):
+        say(f"note    the new code has no {', '.join(gone)}")
+        stored = {k: v for k, v in stored.items() if k in hints}
     arguments, rest = [], {}  # the file's flags are read as if typed: the same types, the same errors
     for key, value in stored.items():
         if key in hints and key not in flags:
@@ -182,9 +188,10 @@ def parse(Config, doc, argv=None):
         stored = rest | read(arguments)
     except UserError as e:
         raise UserError(f"{file}: {e}") from None
+    new = {k for k in flags if given.get("new_code") and k not in stored}
     for key, value in given.items():
         was = stored.get(key, flags[key])
-        ok = mode == "config" or key in MAY_CHANGE[mode] | INVOCATION or value == was
+        ok = key in new or mode == "config" or key in MAY_CHANGE[mode] | INVOCATION or value == was
         need(ok, f"{_flag(key)} {value} is not the run's ({was}); leave it out, or start a new run")
     return Config(**(stored | given))
 
@@ -388,23 +395,30 @@ def _files(root, split, size, channels, max_bytes):
     """A folder or .zip, see find_images and decode_image."""
     splits, left_out = find_images(root)
     if left_out and split == "train":
-        say(f"note    left out of {root}: {', '.join(f'{n} {what}' for what, n in sorted(left_out.items()))}")
+        kinds = ", ".join(f"{n} {what}" for what, n in left_out.most_common(6)) + ", ..." * (
+            len(left_out) > 6
+        )
+        say(f"note    left out of {root}: {kinds}")
     classes = sorted({c for c, _ in splits["train"]}, key=natural)
     if more := sorted({c for c, _ in splits["test"]} - {*classes}, key=natural):
-        text = f"{root} holds out images of {', '.join(more[:5])}, of which training has none"
+        more = ", ".join(c or "no folder" for c in more[:5])
+        text = f"{root} holds out images of {more}, of which training has none"
         raise UserError(f"{text} (it has {', '.join(classes[:10])}); give training some, or remove these")
     if split == "test" and not (size and channels):
         _, channels, _, size = _files(root, "train", size, channels, max_bytes).images.shape
     paths, number = [e[:2] for _, e in splits[split]], {c: i for i, c in enumerate(classes)}
+    batches = [i.tolist() for i in torch.arange(len(paths)).split(64)]
     size = size or next(read_batches(ImageFiles(paths, 0, 1), [[0]]))[0].shape[-1]
-    images = files = ImageFiles(paths, size, channels or 3)
-    if math.prod(files.shape) > max_bytes:
-        checksums = [files.checksum(i) for i in range(len(files))]
+    if len(paths) * (channels or 3) * size**2 > max_bytes:
+        gray, checksums = zip(*read_batches(ImageHeaders(paths, 0, 1), batches), strict=True)
+        images = ImageFiles(paths, size, channels or (1 if torch.cat(gray).all() else 3))
     else:
-        images, checksums = torch.empty(files.shape, dtype=torch.uint8), []
-        for x, crcs in read_batches(files, [i.tolist() for i in torch.arange(len(files)).split(64)]):
-            images[len(checksums) : len(checksums) + len(x)] = x
-            checksums += crcs
+        images, checksums = torch.empty(len(paths), channels or 3, size, size, dtype=torch.uint8), []
+        for i, (x, crcs) in zip(
+            batches, read_batches(ImageFiles(paths, size, channels or 3), batches), strict=True
+        ):
+            images[i] = x
+            checksums.append(crcs)
         if channels == 0 and all((x == x[:, :1]).all() for x in images.split(1000)):
             images = images[:, :1].contiguous()  # all of them are gray
     name = printable(root.name.removesuffix(".zip")) or "images"
@@ -414,7 +428,7 @@ def _files(root, split, size, channels, max_bytes):
         torch.tensor([number[c] for c, _ in splits[split]]),
         [c or name for c in classes],
         ["/".join(e.parts) for _, e in splits[split]],
-        np.array(checksums, np.int64).tobytes(),
+        np.concatenate(checksums).astype(np.int64).tobytes(),
     )
 
 
@@ -424,6 +438,11 @@ class Entry(typing.NamedTuple):
     archive: str
     path: str
     parts: tuple
+
+    def kind(self):
+        """Its suffix."""
+        suffix = os.path.splitext(self.parts[-1])[1].lower()
+        return "dataset.json" if self.parts[-1] == "dataset.json" else suffix or "without a suffix"
 
 
 def find_images(root):
@@ -439,21 +458,15 @@ def find_images(root):
     twins = {str(root): "train", str(twin): "test"} if twin != root and twin.exists() else {}
     images, paths, left_out, table = [], [], Counter(), {}
     for place in map(Path, twins or [root]):
-        found = {e: os.path.splitext(e.parts[-1])[1].lower() for e in list_files(place)}
-        others = (
-            e.parts[-1] if kind in ("", ".json") else kind for e, kind in found.items() if kind not in kinds
-        )
-        left_out.update(others)
-        table |= integer_labels(found)
-        found = [e for e, kind in found.items() if kind in kinds]
+        files = list_files(place)
+        found = [e for e in files if e.kind() in kinds]
         need(found, f"there is no image in {place}; give a folder or .zip that holds some")
+        left_out.update(e.kind() for e in files if e.kind() not in kinds)
+        table |= integer_labels(files)
+        names = {*TRAIN, *HELD_OUT, place.stem.lower()} if twins else set()  # of a folder around all of a zip
         tops = {e.parts[0].lower() if e.parts[1:] else "" for e in found}
-        wrapped = len(tops) == 1 and tops <= {
-            *TRAIN,
-            *HELD_OUT,
-            place.stem.lower(),
-        }  # by a folder of its name
-        images, paths = images + found, paths + [e.parts[bool(twins) and wrapped :] for e in found]
+        around = len(tops) == 1 and tops <= names
+        images, paths = images + found, paths + [e.parts[around:] for e in found]
     shared = len(os.path.commonprefix([p[:-1] for p in paths]))
     paths = [p[shared:] for p in paths]
     if twins:
@@ -505,7 +518,7 @@ def integer_labels(entries):
     """{(archive, folders and name): label} of a dataset.json as EDM and StyleGAN write it."""
     labels = {}
     for e in (e for e in entries if e.parts[-1] == "dataset.json"):
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # it is something else
+        with contextlib.suppress(Exception):  # it is something else, or damaged
             for name, label in json.loads(ImageFiles([e[:2]], 0, 3).read(0))["labels"]:
                 labels[e.archive, (*e.parts[:-1], *name.split("/"))] = label
     return labels
@@ -514,11 +527,13 @@ def integer_labels(entries):
 def list_files(root):
     """Entries of all files in a folder or .zip but hidden ones, in natural order. Links are followed."""
 
-    def walk(folder, above):  # above: the folders around it; a link back to one of them ends
+    def walk(folder, above):  # above: the folders around; a link back to one of them ends, as do run folders
         for item in os.scandir(folder):
             if not item.is_dir():
                 yield "", item.path, os.path.relpath(item.path, root)
-            elif (real := os.path.realpath(item.path)) not in above:
+            elif (real := os.path.realpath(item.path)) not in above and not os.path.exists(
+                f"{real}/run.yaml"
+            ):
                 yield from walk(item.path, {*above, real})
 
     if root.is_dir():
@@ -533,14 +548,19 @@ def list_files(root):
     entries = []
     for archive, path, name in found:
         parts = tuple(printable(p) for p in name.split("/") if p not in ("", ".", ".."))
-        if not name.endswith("/") and not any(p[0] == "." or p in ("__MACOSX", "@eaDir") for p in parts):
+        if (
+            parts
+            and not name.endswith("/")
+            and not any(p[0] == "." or p in ("__MACOSX", "@eaDir") for p in parts)
+        ):
             entries.append(Entry(archive, path, parts))
     return sorted(entries, key=lambda e: [natural(p) for p in e.parts])
 
 
 def natural(text):
     """A key to sort by, for which 2 comes before 10."""
-    return [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", text)], text
+    parts = re.split(r"([0-9]+)", text)  # every other one is digits
+    return [(len(s.lstrip("0")), s.lstrip("0")) if i % 2 else s for i, s in enumerate(parts)], text
 
 
 def printable(text):
@@ -573,18 +593,33 @@ class ImageFiles(torch.utils.data.Dataset):
             raise ValueError("larger than 256 MiB")
         return archive.read(path)
 
-    def checksum(self, i):
-        """Of file i without reading it: the CRC-32 that a .zip tells, or a file's size."""
-        archive, path = self.paths[i]
-        return open_zip(archive, os.getpid()).getinfo(path).CRC if archive else os.path.getsize(path)
+    def load(self, i):
+        data = self.read(i)
+        return decode_image(data, self.shape[3], self.shape[1]), zlib.crc32(data)
 
     def __getitem__(self, i):
         try:
-            data = self.read(i)
-            return decode_image(data, self.shape[3], self.shape[1]), zlib.crc32(data)
+            return self.load(i)
         except Exception as e:  # damaged files raise nearly anything
             text = "not an image" if isinstance(e, UnidentifiedImageError) else why(e)
             return UserError(f"{printable(self.paths[i][1])} ({text})")
+
+
+class ImageHeaders(ImageFiles):
+    """files[i] -> (is it gray?, checksum of its size and of 4 KiB at either end; in a .zip, its CRC-32)."""
+
+    def load(self, i):
+        archive, path = self.paths[i]
+        with open_zip(archive, os.getpid()).open(path) if archive else open(path, "rb") as file:
+            if archive:
+                checksum = open_zip(archive, os.getpid()).getinfo(path).CRC
+            else:
+                size, ends = os.path.getsize(path), file.read(4096)
+                file.seek(max(0, size - 4096))
+                checksum = zlib.crc32(ends + file.read(), size % 2**32)
+                file.seek(0)
+            mode = Image.open(file).mode
+        return np.array(mode in ("1", "L", "LA") or mode.startswith("I")), checksum
 
 
 def decode_image(data, size, channels=3):
@@ -594,11 +629,11 @@ def decode_image(data, size, channels=3):
     first frame. size 0: the shorter side. Pillow refuses images of more than 179 million pixels.
     """
     image = Image.open(io.BytesIO(data))
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # PNG's have 16 bits
+        raise ValueError("its pixels have 32 bits, of unknown range")
     size = size or min(image.size)
     image.draft(None, (size, size))  # JPEG: decode at a lower resolution where that is enough
     image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("its pixels are floats of unknown range")
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.has_transparency_data:
@@ -619,13 +654,23 @@ def read_batches(images, batches):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     more = {"num_workers": workers if len(images) > 256 else 0, "generator": torch.Generator()}
+    # A signal to all processes, such as Slurm's, is for the first to answer; the others end with it.
+    more["worker_init_fn"] = lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    atexit.register(end_workers)
     bad = []
     for items in torch.utils.data.DataLoader(images, batch_sampler=batches, collate_fn=list, **more):
         bad += [x for x in items if isinstance(x, UserError)]
         if not bad:
             yield torch.from_numpy(np.stack([x for x, _ in items])), [crc for _, crc in items]
+        elif not isinstance(batches, list):  # of a list, all that cannot be read are named
+            break
     text = f"{len(bad)} of {len(images)} images cannot be read: {', '.join(map(str, bad[:5]))}"
     need(not bad, text + ", ..." * (len(bad) > 5) + "; repair or remove them")
+
+
+def end_workers():
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def evaluation_set(data, n=2048):
@@ -724,11 +769,16 @@ class EMA:
 # Run folders
 
 
+EARLY = []  # what was said before there was a run.out
+
+
 def say(text):
     """Prints a line, on rank 0 alone, without tearing the progress bar."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+        if not isinstance(sys.stdout, Tee):
+            EARLY.append(f"{text}\n")
 
 
 def find_run(path):
@@ -766,6 +816,12 @@ def write_atomically(path, write):
         raise (e.__context__ if isinstance(e.__context__, OSError) else e) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def set_aside(path, suffix):
+    """Renames a file to PATH.SUFFIX, or _2, _3, ..., so that none gets lost."""
+    new = (Path(f"{path}.{suffix}" + f"_{i}" * (i > 1)) for i in itertools.count(1))
+    path.rename(next(n for n in new if not n.exists()))
 
 
 def load_checkpoint(path):
@@ -887,16 +943,19 @@ class Run:
 
     def __init__(self, cfg, script, method, backbone, rank=0):
         self.cfg, self.rank, self.pending, self.stopping, self.dir = cfg, rank, [], False, None
+        self.script = Path(script)
         self.state = newest_checkpoint(cfg.resume, none_yet=True) if cfg.resume else None  # see check_run
         old = self.state or {"step": 0, "skipped": 0, "seconds": 0.0}
         self.step, self.skipped, self.seconds = old["step"], old["skipped"], old["seconds"]
-        self.first, self.seconds_before = self.step, self.seconds
+        self.first = self.step
         self.streak, self.printed, self.lr_before, self.last = 0, time.monotonic(), None, {}
         # What `config` in run.yaml and checkpoints holds: everything but how this process was started.
         self.config = {k: v for k, v in asdict(cfg).items() if k not in INVOCATION}
         for k in {"dataset", "data_root", "cache", "vae"} & {*self.config}:  # found again from another folder
             if (path := self.config[k]) not in (*BUILT_IN, "train", "") and os.path.exists(path):
                 self.config[k] = os.path.abspath(path)
+        was = self.state["config"] if self.state else self.config
+        self.longer = any(was.get(k) != self.config.get(k) for k in ("steps", "minutes"))
         for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(s, self._stop)
         if rank:
@@ -905,19 +964,14 @@ class Run:
         escaped = {"encoding": "utf-8", "errors": "backslashreplace"}
         files = [open(self.dir / name, "a", **escaped) for name in ("run.out", "run.err")]
         need(lock(files[0]), f"{self.dir} is in use by another process; wait for it, or start a new run")
-        new_code = changed_code(self.dir, script)
-        if cfg.resume:
-            self._rewind()
-            for file in (self.dir / "code" / name for name in new_code):
-                if file.exists():
-                    file.replace(f"{file}.until_step_{self.step:08d}")
-        for source in (script, __file__):
-            if Path(source).name in new_code:
-                shutil.copy2(source, self.dir / "code")
+        for k in {*was} & {*self.config} - MAY_CHANGE["resume"]:
+            if self.config[k] != was[k]:
+                text = f"{k} is {self.config[k]} now but {was[k]} in the checkpoint"
+                raise UserError(f"{text}; restore {self.dir / 'run.yaml'} or the dataset, or start a new run")
         self.bar = tqdm(total=100, bar_format="{l_bar}{bar}| {desc}", disable=not sys.stderr.isatty())
+        files[0].writelines(EARLY)
+        EARLY.clear()
         sys.stdout, sys.stderr = Tee(sys.stdout, files[0]), Tee(sys.stderr, files[1])
-        if cfg.resume and new_code:
-            say(f"note    {' and '.join(new_code)} is new from here on; the old is in {self.dir}/code, too")
         if job := os.environ.get("DIFFUSION_JOB"):  # of slurm/run.sh; run and job name each other
             write_atomically(Path(job), lambda f: f.write(os.fsencode(self.dir.resolve()) + b"\n"))
             say(f"job     {os.environ.get('DIFFUSION_JOB_LOG')}")
@@ -941,30 +995,34 @@ class Run:
         return home / folder
 
     def _rewind(self):
-        """Takes what came after the checkpoint off the metrics, and later checkpoints out of the way."""
-        for k, was in (self.state["config"] if self.state else {}).items():
-            if k not in MAY_CHANGE["resume"] and k in self.config and self.config[k] != was:
-                text = f"{k} is {self.config[k]} now but {was} in the checkpoint"
-                raise UserError(f"{text}; restore {self.dir / 'run.yaml'} or the dataset, or start a new run")
+        """Takes what came after the checkpoint off the metrics, and later checkpoints out of the way. Nothing
+        that was written gets lost: what is made again stays in files of another name."""
         for file in (self.dir / "metrics").glob("*.jsonl"):
             lines = [x for x in file.read_text().splitlines(True) if x.endswith("}\n")]  # not a torn last one
             kept = [x for x in lines if json.loads(x)["step"] <= self.step]
-            was = self.state["config"] if self.state else self.config
-            if (
-                kept
-                and file.stem == "loss"
-                and any(was.get(k) != self.config.get(k) for k in ("steps", "minutes"))
-            ):
-                self.lr_before = json.loads(kept[-1])["lr"]
-            if again := lines[
-                len(kept) :
-            ]:  # these steps are made again, but nothing that was written gets lost
+            if again := lines[len(kept) :]:
                 with open(f"{file}.old", "a") as f:
                     f.writelines(again)
             write_atomically(file, lambda f, kept=kept: f.write("".join(kept).encode()))
-        for file in (self.dir / "checkpoints").glob("step_*.pt"):
-            if int(file.stem[5:]) > self.step:
-                file.replace(file.with_suffix(".pt.old"))
+            if kept and file.stem == "loss":
+                self.lr_before = json.loads(kept[-1])["lr"]
+        for file in [*self.dir.glob("checkpoints/step_*.pt"), *self.dir.glob("samples/step_*.*")]:
+            if int(file.name[5:13]) > self.step and file.suffix in (".pt", ".png", ".gif"):
+                set_aside(file, "old")
+
+    def _keep_code(self):
+        """Copies script and common.py to code/, where others may be that --new-code has overruled."""
+        if new := changed_code(self.dir, self.script):
+            for own in (self.dir / "code").glob("*.py"):
+                old = (
+                    own.name != "common.py" and "def build_model" in own.read_text()
+                )  # perhaps of another name
+                if own.name in new or (self.script.name in new and old):
+                    set_aside(own, f"until_step_{self.step:08d}")
+                    say(f"note    new code from here on; {own.name} stays beside it in {own.parent}")
+            for file in (self.script, Path(__file__)):
+                if file.name in new:
+                    shutil.copy2(file, self.dir / "code")
 
     def describe(self, device, data, held_out, model, **more):
         """Writes run.yaml (at the start of a run) and prints its summary."""
@@ -984,7 +1042,7 @@ class Run:
             **more,
             "config": {k: list(v) if isinstance(v, tuple) else v for k, v in self.config.items()},
         }
-        if (self.dir / "run.yaml").exists():
+        if self.cfg.resume:
             was = facts | (yaml.safe_load((self.dir / "run.yaml").read_text()) or {})
             if (before := was.get("processes")) != (now := facts.get("processes")):
                 say(f"note    {before} processes before, now {now}: not bit for bit the same run")
@@ -992,9 +1050,16 @@ class Run:
                 before, now = was["dataset"][k], facts["dataset"][k]
                 text = f"the dataset is not the run's: {k} {now} now, {before} before"
                 need(before == now, f"{text}; give that one by --dataset, or start a new run")
-        else:
-            text = yaml.safe_dump(facts, sort_keys=False, default_flow_style=None)
-            write_atomically(self.dir / "run.yaml", lambda f: f.write(text.encode()))
+            self._rewind()
+            now = facts["config"]  # what was changed on resuming is the run's from then on
+            may = now if self.cfg.new_code else MAY_CHANGE["resume"]
+            was["config"] = {
+                k: now[k] if k in may else v for k, v in (now | was["config"]).items() if k in now
+            }
+            facts = was
+        self._keep_code()
+        text = yaml.safe_dump(facts, sort_keys=False, default_flow_style=None)
+        write_atomically(self.dir / "run.yaml", lambda f: f.write(text.encode()))
         names = ", ".join(data.classes[:10]) + ", ..." * (len(data.classes) > 10)
         mirrored = ", half mirrored" if self.config.get("flip") == "on" else ""
         counts = f"{len(data.labels):,} images {shape}{mirrored}; {len(held_out.labels):,} held out"
@@ -1016,7 +1081,7 @@ class Run:
         """Keeps a step's numbers, which may still be on their way on the device, for the next flush()."""
         self.step = step
         self.pending.append({"step": step, **values})
-        if self.lr_before not in (None, values["lr"]):
+        if self.lr_before is not None and self.longer:
             text = f"learning rate {values['lr']:.3g}, {self.lr_before:.3g} before"
             say(f"note    other --steps or --minutes than before: {text}")
         self.lr_before = None

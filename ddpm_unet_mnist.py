@@ -181,9 +181,8 @@ class ClassEmbedding(nn.Embedding):
     order (compiled, and on a GPU), and two equal runs would differ."""
 
     def forward(self, y):
-        one_hot = y[:, None] == torch.arange(self.num_embeddings, device=y.device)
         with torch.autocast("cuda" if y.is_cuda else "cpu", enabled=False):
-            return one_hot.float() @ self.weight
+            return F.one_hot(y, self.num_embeddings).float() @ self.weight
 
 
 class UNet(nn.Module):

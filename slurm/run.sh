@@ -19,8 +19,9 @@
 #
 # Submit from the repository; options of sbatch go before slurm/run.sh, flags of the script after its name.
 # Before the time limit (--signal above), and when the job is preempted or its node fails, the run's checkpoint
-# is written, the job is queued again under its number and goes on in the same run folder, with the code in it: what
-# is edited meanwhile does not change the run. The job's log is logs/slurm/JOB.out; logs/slurm/JOB.run names the run's folder, whose run.out names the log.
+# is written, the job is queued again under its number and goes on in the same run folder, with the code that is in
+# it, whatever was edited since. logs/slurm/JOB.out is the log; logs/slurm/JOB.run names the run folder, whose
+# run.out names the log.
 #
 #   VENV             virtual environment        default .venv, else the python that is active
 #   DIFFUSION_DATA   where datasets are         default data/
@@ -54,9 +55,9 @@ export DIFFUSION_JOB=$PWD/logs/slurm/$SLURM_JOB_ID.run
 export DIFFUSION_JOB_LOG=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
 if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then
     rm -f "$DIFFUSION_JOB" # of an older cluster's job
-elif [ -s "$DIFFUSION_JOB" ] && [[ " $* " != *" --resume"* ]]; then
+elif [ -s "$DIFFUSION_JOB" ]; then
+    # With the code and flags that the run has, whatever was edited since; without a checkpoint it starts anew.
     run=$(cat "$DIFFUSION_JOB")
-    # With the code that the run began with, whatever was edited since; without a checkpoint it starts anew.
     if compgen -G "$run/checkpoints/step_*.pt" >/dev/null; then
         set -- "$run/code/$(basename "$script")" --resume "$run"
     fi

@@ -127,6 +127,10 @@ def test_ranks_share_the_batch_flips_included():
     assert 0.3 < left < 0.7  # half are mirrored
     plain = common.Batches(numbered(50), 8, 0, "cpu")
     assert not any((plain(s)[0][:, 0, 0, 0] == 1).any() for s in range(20))  # nobody asked for it
+    masks = [(whole(s)[0] == plain(s)[0].flip(-1)).flatten(1).all(1) for s in range(20)]
+    assert all(torch.equal(m, whole.hflip(s)) for s, m in enumerate(masks))
+    assert len({tuple(m.tolist()) for m in masks}) > 15  # others in each step, and with another seed
+    assert not torch.equal(common.Batches(numbered(50), 8, 1, "cpu", flip=True).hflip(0), masks[0])
 
 
 # ---- time embedding, EMA
@@ -371,3 +375,14 @@ def test_readme_has_each_section_once_and_flags_that_there_are():
     for name, flags in calls:
         flags = re.sub(r"--(resume|sample|config) \S+|^ logs/\S+", "", flags)  # runs of the reader's own
         common.parse(importlib.import_module(name).Config, "", flags.split())
+
+
+def test_example_runs_can_be_run_again():
+    """`--config logs/.../run.yaml` of each committed run, by the script that its command names."""
+    files = [*(Path(common.__file__).parent / "logs").glob("*/*/run.yaml")]
+    examples = [f for f in files if not (f.parent / "code").exists()]  # those that are committed have none
+    assert len(examples) >= 4
+    for file in examples:
+        facts = common.yaml.safe_load(file.read_text())
+        Config = importlib.import_module(facts["command"].split(".py")[0]).Config
+        assert common.parse(Config, "", ["--config", str(file)]).steps == facts["config"]["steps"]

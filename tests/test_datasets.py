@@ -116,6 +116,10 @@ def test_a_pair_of_zips_is_one_dataset(tmp_path):
     path = pack(tmp_path / "y-train.zip", {f"y-train/{k}": v for k, v in images(cat=20, dog=20).items()})
     pack(tmp_path / "y-test.zip", {f"test/{k}": v for k, v in images(dog=5).items()})
     assert counts(load(path)[1]) == {"cat": 0, "dog": 5}
+    path = pack(tmp_path / "z-train.zip", images(train__cat=20, val__cat=20))
+    pack(tmp_path / "z-test.zip", images(cat=5))
+    with pytest.raises(UserError, match="has train, test, train/train, train/val among its folders"):
+        load(path)
     pack(tmp_path / "x-test.zip", images(dog=5, fish=6, yak=2, zebu=1))
     common.open_zip.cache_clear()
     with pytest.raises(UserError, match="holds out images of yak, zebu, of which training has none"):
@@ -130,7 +134,7 @@ def test_a_pair_of_zips_is_one_dataset(tmp_path):
         ({"train__cat": 30, "test__cat": 9, "train__dog__val": 9}, "has train, test, train/dog/val among"),
         ({"train__cat": 30, "extra__cat": 9}, "has train among its folders \\(extra, train\\)"),
         ({"train__cat": 30, "Train__dog": 30, "test__cat": 3}, "has Train, train, test among"),
-        ({"train__cat": 30, "test": 9}, "holds out images of set, of which|holds out images of , of which"),
+        ({"train__cat": 30, "test": 9}, "holds out images of no folder, of which training has none"),
         (
             {"train__cat": 30, "test__dog": 9},
             "holds out images of dog, of which training has none .it has cat",
@@ -172,7 +176,29 @@ def test_what_is_left_out_is_counted_in_one_line(tmp_path, capsys):
     }
     common.load_dataset(str(folder(tmp_path / "set", files)))
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "2 .txt, 1 LICENSE, 4 images in val" in said
+    assert said.count("\n") == 1 and "4 images in val, 2 .txt, 1 without a suffix" in said
+
+
+def test_many_kinds_are_told_in_few_words(tmp_path, capsys):
+    files = (
+        images(cat=30) | {f"cat/label{i}": b"" for i in range(50)} | {f"cat/x.{i}": b"" for i in range(50)}
+    )
+    common.load_dataset(str(folder(tmp_path / "set", files)))
+    said = capsys.readouterr().out
+    assert "50 without a suffix, 1 .0, " in said and said.endswith(", ...\n") and len(said) < 300
+
+
+def test_runs_inside_of_a_dataset_are_not_images(tmp_path):
+    root = folder(tmp_path, images(cat=30, logs__rf__run__samples=5) | {"logs/rf/run/run.yaml": b""})
+    assert list(counts(load(root)[0])) == [tmp_path.name]
+
+
+@pytest.mark.parametrize("name", ["..", "9" * 5000, "cat\\..\\x.png", "dataset.json"])
+def test_odd_members_of_a_zip(tmp_path, name):
+    path = pack(tmp_path / "set.zip", images(cat=30, dog=30) | {name: noise()})
+    if name == "dataset.json":  # damaged
+        path.write_bytes(path.read_bytes().replace(b"dataset.jsonx", b"dataset.jsony"))
+    assert {"cat", "dog"} <= {*load(path)[0].classes}
 
 
 def test_links_are_followed_and_end(tmp_path):
@@ -310,10 +336,9 @@ def test_every_kind_of_file_comes_out_right():
     assert np.array_equal(common.decode_image(encode(scene(16, 16)), 16), scene(16, 16).transpose(2, 0, 1))
     small = np.asarray(ImageOps.fit(Image.fromarray(scene()), (8, 8), Image.Resampling.BICUBIC))
     assert np.array_equal(common.decode_image(encode(scene()), 8).transpose(1, 2, 0), small)
-    with pytest.raises(
-        ValueError, match="floats"
-    ):  # in what range? converted, those of [0, 1] would be black
-        common.decode_image(encode(Image.new("F", (8, 8), 0.5), "TIFF"), 4)
+    for mode in "FI":  # in what range? converted, those of [0, 1] or [0, 255] would be black
+        with pytest.raises(ValueError, match="32 bits, of unknown range"):
+            common.decode_image(encode(Image.new(mode, (8, 8), 1), "TIFF"), 4)
 
 
 def test_suffixes_that_pillow_reads(tmp_path):
@@ -369,14 +394,20 @@ def test_files_decoded_at_each_use_are_those_that_loading_holds(tmp_path, monkey
         few = [common.evaluation_set(d, 20) for d in (whole, parts)]
         assert torch.equal(few[0].images, few[1].images) and torch.equal(few[0].labels, few[1].labels)
         assert len(few[0].images.flatten(1).unique(dim=0)) == 20
-    with pytest.raises(UserError, match="1 of 380 images cannot be read: .*x/000.png"):
-        folder(tmp_path / "set", {"x/000.png": b"", "x/001.png": b""})
-        data = common.load_dataset(str(tmp_path / "set"), image_size=8, max_bytes=1000)
-        next(common.read_batches(data.images, [[0]]))
+    gray = folder(tmp_path / "gray", {f"{i}.png": noise(gray=True) for i in range(50)})
+    assert common.load_dataset(str(gray), max_bytes=0).images.shape == (48, 1, 8, 8)
+    data = common.load_dataset(str(tmp_path / "set"), image_size=8, max_bytes=1000)
+    folder(tmp_path / "set", {f"x/{i:03}.png": b"" for i in range(100)})
+    with pytest.raises(UserError, match="95 of 380 images cannot be read: .*x/000.png"):  # before any step
+        common.load_dataset(str(tmp_path / "set"), image_size=8, max_bytes=1000)
+    with pytest.raises(UserError, match="95 of 380 images cannot be read: .*x/000.png"):
+        next(common.read_batches(data.images, [list(range(200))]))
+    with pytest.raises(UserError, match="of 380 images cannot be read: "):
+        common.Batches(data, 64, 0, "cpu")(0)  # an endless stream of batches
 
 
 def test_fingerprints_tell_content_and_not_place(tmp_path):
-    """Of a folder that memory does not hold: the files' sizes, which reading all would be slow."""
+    """Of a folder that memory does not hold, by sizes and ends of the files: reading all would be slow."""
     files = images(cat=30, dog=30)
     here, there = folder(tmp_path / "here", files), folder(tmp_path / "there" / "deeper", files)
     data, (a, b) = common.load_dataset, load(here)
@@ -390,7 +421,6 @@ def test_fingerprints_tell_content_and_not_place(tmp_path):
     changed.putpixel((3, 3), (1, 2, 3))
     folder(here, {"cat/000.png": encode(changed)})
     assert data(str(here)).fingerprint() != a.fingerprint()
-    folder(here, {"cat/000.png": encode(changed) + b"trailing bytes"})
     assert data(str(here), max_bytes=0).fingerprint() != lazy.fingerprint()
 
 

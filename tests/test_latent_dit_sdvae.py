@@ -120,7 +120,7 @@ def test_a_vae_trained_for_half_a_minute(tmp_path, monkeypatch):
     """It reconstructs, its latents have unit variance, and it is there for ever after."""
     folder = tmp_path / "cache"
     cfg = Config(
-        vae="train", vae_steps=120, dataset="digits", image_size=16, patch=1, cache=str(folder), steps=5
+        vae="train", vae_steps=160, dataset="digits", image_size=16, patch=1, cache=str(folder), steps=5
     )
     cfg, data, held_out, vae = ld.prepare(cfg, CPU, 0, 1)
     x = held_out.images[:200].float() / 127.5 - 1
@@ -273,7 +273,7 @@ def folder_of_images(home, n=300, size=20):
 
 
 def test_images_that_memory_does_not_hold(tmp_path, monkeypatch):
-    """A folder is read when it is encoded, and gives the same; what cannot be read is an error that names it."""
+    """A folder is read when it is encoded, and gives the same; an error names what cannot be read."""
     vae_folder = small_vae(tmp_path / "vae", channels=3)
     folder = folder_of_images(tmp_path)
     cfg, data, _, vae = prepared(vae_folder, tmp_path, dataset=folder)

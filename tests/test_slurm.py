@@ -130,8 +130,11 @@ def test_a_job_and_its_run_name_each_other(repo):
 @slurm
 @pytest.mark.parametrize("how", ["warning", "requeue"])
 def test_two_nodes_go_on_after_a_requeue_as_if_nothing_had_happened(repo, whole, how):
-    """The time limit's warning, to the batch shell alone, and Slurm's own requeue, as in a preemption."""
+    """The time limit's warning, to the batch shell alone, and Slurm's own requeue, as in a preemption; then
+    after an edit of the script, which is not the run's."""
     job = Job(repo, "--nodes=2", flags=["--steps", 300, "--save-every", 1000]).training()
+    if how == "requeue":
+        (repo / TINY[0]).write_text("raise SystemExit('edited')")
     if how == "warning":
         subprocess.run(["scancel", "--signal=USR1", "--batch", job.number], check=True)
     else:
@@ -157,7 +160,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(repo):
 def test_an_error_on_one_node_ends_the_job_with_its_message(repo):
     source = (repo / TINY[0]).read_text()
     broken = source.replace(
-        "        optimizer.step()\n", "        optimizer.step()\n        trip(rank, step)\n", 1
+        "        ema.update(model, step)\n", "        ema.update(model, step)\n        trip(rank, step)\n", 1
     )
     broken = broken.replace(
         "def train(cfg):",

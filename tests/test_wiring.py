@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,7 +202,7 @@ def test_samplers_never_ask_at_the_end_where_eps_is_undefined(solver):
         cfg = rf.Config(solver=solver, sampling_steps=5, guidance=1.0)
         x, _ = rf.sample(None, torch.randn(4, 1, 2, 2), torch.zeros(4, dtype=torch.long), cfg)
     torch.testing.assert_close(x, torch.full_like(x, 0.3), atol=1e-5, rtol=0)
-    assert min(asked) == pytest.approx({"euler": 0.2, "heun": 0.2, "rk4": 0.2}[solver])
+    assert min(asked) == pytest.approx({"euler": 0.2, "heun": 0.2, "rk4": 0.05}[solver])
 
 
 @every_script
@@ -286,6 +287,12 @@ def test_nothing_that_was_recorded_gets_lost(train):
         old = [json.loads(x) for x in (run / "metrics" / f"{name}.jsonl.old").read_text().splitlines()]
         assert old == before[name][-later:] and lines(run, name)[:-1] == before[name][:-later]
     assert (run / "checkpoints" / "step_00000006.pt.old").exists()
+    assert (run / "samples" / "step_00000006.gif.old").exists()
+    first = (run / "checkpoints" / "step_00000006.pt.old").read_bytes()
+    for _ in range(2):
+        train(rf, "--resume", run / "checkpoints" / "step_00000004.pt", "--steps", 6)
+    assert (run / "checkpoints" / "step_00000006.pt.old").read_bytes() == first
+    assert (run / "checkpoints" / "step_00000006.pt.old_2").exists()
 
 
 def test_edited_code_is_refused_with_two_ways_on(train, script, capsys):
@@ -310,11 +317,46 @@ def test_edited_code_is_refused_with_two_ways_on(train, script, capsys):
     p = script(code, "--resume", run, "--steps", 5)
     assert p.returncode == 0 and len(lines(run)) == 5, p.err
     train(rf, "--resume", run, "--steps", 6, "--new-code")
-    assert "note    rf_dit_cifar.py is new from here on" in capsys.readouterr().out
+    assert "note    new code from here on; rf_dit_cifar.py stays beside it in" in capsys.readouterr().out
     assert code.read_text() == text and code.with_suffix(".py.until_step_00000005").read_text() == edited
     train(rf, "--resume", run, "--steps", 7)  # now it is the run's
+    code.write_text(text + "# broken")  # edit, crash, edit: each that made weights stays
+    train(rf, "--resume", run, "--steps", 8, "--new-code")
+    code.write_text(text + "# mended")
+    train(rf, "--resume", run, "--steps", 8, "--new-code")
+    kept = [p.read_text() for p in sorted(code.parent.glob("rf_dit_cifar.py.until*"))]
+    assert kept == [edited, text + "# broken", text + "# mended"]
     train(rf, "--new-code", "--steps", 2, status=2)
     assert "--new-code says how to --resume RUN" in capsys.readouterr().err
+
+
+def test_new_code_of_another_name_and_with_other_flags(train, tmp_path, script, main, capsys):  # noqa: F811
+    """The old script is set aside, so that one is left to sample from."""
+    run = train(rf, "--steps", 2, "--eval-every", 0)
+    shutil.copy(common.__file__, tmp_path)
+    text = Path(rf.__file__).read_text().replace("    dropout: float = 0.0  # inside the MLPs\n", "")
+    text = text.replace("nn.Dropout(cfg.dropout)", "nn.Identity()").replace(
+        '"dropout ema_decay', '"ema_decay'
+    )
+    text = text.replace("    # method\n", "    alpha: float = 1.0  # a new one\n    # method\n", 1)
+    (tmp_path / "my_idea.py").write_text(text)
+    p = script(tmp_path / "my_idea.py", "--resume", run, "--steps", 3, "--new-code", "--alpha", 2)
+    assert p.returncode == 0 and "the new code has no dropout" in p.out, p.err
+    names = sorted(p.name for p in (run / "code").iterdir())
+    assert names == ["common.py", "my_idea.py", "rf_dit_cifar.py.until_step_00000002"]
+    main(run, "--steps", 2, "--num-samples", 2)
+    p = script(tmp_path / "my_idea.py", "--resume", run, "--steps", 4)
+    assert p.returncode == 0 and "alpha: 2.0" in (run / "run.yaml").read_text(), p.err
+
+
+def test_a_longer_run_that_is_stopped_goes_on_to_its_end(train, monkeypatch):
+    """By --resume RUN, as it says when it stops: what was changed on resuming is the run's from then on."""
+    run = train(rf, "--steps", 3, "--eval-every", 0)
+    with monkeypatch.context() as m:
+        at_step(m, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(rf, "--resume", run, "--steps", 9, status=common.PREEMPTED)
+    train(rf, "--resume", run)
+    assert len(lines(run)) == 9
 
 
 def test_a_moved_dataset_is_the_same_dataset(train, main, tmp_path, capsys):  # noqa: F811
@@ -330,10 +372,13 @@ def test_a_moved_dataset_is_the_same_dataset(train, main, tmp_path, capsys):  # 
     assert "there is no dataset" in capsys.readouterr().err
     train(rf, "--resume", run, "--steps", 4, "--dataset", tmp_path / "there")
     other = shutil.copytree(tmp_path / "there", tmp_path / "other")
-    shutil.copy(other / "a" / "0.png", other / "a" / "2.png")
+    for changed in ("2.png", "20.png"):  # of training, held out
+        shutil.copy(other / "a" / "0.png", other / "a" / changed)
     train(rf, "--resume", run, "--steps", 5, "--dataset", other, status=2)
     assert "the dataset is not the run's: train" in capsys.readouterr().err
-    main(run, "--invert", "--steps", 2, "--dataset", tmp_path / "there")
+    main(run, "--invert", "--steps", 2)
+    (tmp_path / "there").rename(tmp_path / "elsewhere")
+    main(run, "--invert", "--steps", 2, "--dataset", tmp_path / "elsewhere")
     with pytest.raises(SystemExit, match="2"):
         main(run, "--invert", "--classes", "b", "--dataset", other)
     assert "is not the run's dataset; give that by --dataset" in capsys.readouterr().err
@@ -341,7 +386,7 @@ def test_a_moved_dataset_is_the_same_dataset(train, main, tmp_path, capsys):  # 
         main(run, "--invert")
     assert "there is no dataset" in capsys.readouterr().err
     facts = common.yaml.safe_load((run / "run.yaml").read_text())
-    assert facts["config"]["dataset"] == str(tmp_path / "here") and facts["config"]["flip"] == "off"
+    assert facts["config"]["dataset"] == str(tmp_path / "there") and facts["config"]["flip"] == "off"
     assert facts["dataset"]["classes"] == ["a", "b"] and facts["dataset"]["test"]["images"] == 2
 
 
