@@ -395,10 +395,8 @@ def _files(root, split, size, channels, max_bytes):
     """A folder or .zip, see find_images and decode_image."""
     splits, left_out = find_images(root)
     if left_out and split == "train":
-        kinds = ", ".join(f"{n} {what}" for what, n in left_out.most_common(6)) + ", ..." * (
-            len(left_out) > 6
-        )
-        say(f"note    left out of {root}: {kinds}")
+        kinds = [f"{n} {what}" for what, n in left_out.most_common(6)] + ["..."] * (len(left_out) > 6)
+        say(f"note    left out of {root}: {', '.join(kinds)}")
     classes = sorted({c for c, _ in splits["train"]}, key=natural)
     if more := sorted({c for c, _ in splits["test"]} - {*classes}, key=natural):
         more = ", ".join(c or "no folder" for c in more[:5])
@@ -414,9 +412,8 @@ def _files(root, split, size, channels, max_bytes):
         images = ImageFiles(paths, size, channels or (1 if torch.cat(gray).all() else 3))
     else:
         images, checksums = torch.empty(len(paths), channels or 3, size, size, dtype=torch.uint8), []
-        for i, (x, crcs) in zip(
-            batches, read_batches(ImageFiles(paths, size, channels or 3), batches), strict=True
-        ):
+        decoded = read_batches(ImageFiles(paths, size, channels or 3), batches)
+        for i, (x, crcs) in zip(batches, decoded, strict=True):
             images[i] = x
             checksums.append(crcs)
         if channels == 0 and all((x == x[:, :1]).all() for x in images.split(1000)):
@@ -654,8 +651,9 @@ def read_batches(images, batches):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     more = {"num_workers": workers if len(images) > 256 else 0, "generator": torch.Generator()}
-    # A signal to all processes, such as Slurm's, is for the first to answer; the others end with it.
-    more["worker_init_fn"] = lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    more["worker_init_fn"] = (
+        ignore_sigterm  # sent to all processes, as by Slurm, it is for this one to answer
+    )
     atexit.register(end_workers)
     bad = []
     for items in torch.utils.data.DataLoader(images, batch_sampler=batches, collate_fn=list, **more):
@@ -668,7 +666,12 @@ def read_batches(images, batches):
     need(not bad, text + ", ..." * (len(bad) > 5) + "; repair or remove them")
 
 
+def ignore_sigterm(_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def end_workers():
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch takes it for an accident
     for process in multiprocessing.active_children():
         process.kill()
 
@@ -678,6 +681,13 @@ def evaluation_set(data, n=2048):
     pick = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed_of("evaluate")))[:n]
     images, _ = next(read_batches(data.images, [pick.tolist()]))
     return replace(data, images=images, labels=data.labels[pick], content=b"")
+
+
+@functools.lru_cache(2)
+def shuffled(n, seed, epoch, device):
+    """The numbers below n in the order of an epoch, int64 [n]."""
+    generator = torch.Generator().manual_seed(seed_of(seed, "data", epoch))
+    return send(torch.randperm(n, generator=generator), device)
 
 
 class Batches:
@@ -695,18 +705,13 @@ class Batches:
         self.labels, self.bs, self.seed, self.flip = data.labels.to(where), bs, seed, flip
         self.device, self.where, self.next_step = torch.device(device), where, -1
         self.rank_slice = slice(rank * bs // world, (rank + 1) * bs // world)
-        self.shuffle = functools.lru_cache(2)(self._shuffle)
-
-    def _shuffle(self, epoch):
-        generator = torch.Generator().manual_seed(seed_of(self.seed, "data", epoch))
-        return send(torch.randperm(len(self.labels), generator=generator), self.where)
 
     def indices(self, step):
         """Which samples make the batch of a step, int64 [bs]."""
         i, end, parts = step * self.bs, (step + 1) * self.bs, []
         while i < end:  # a batch may span epochs
             epoch, k = divmod(i, len(self.labels))
-            parts.append(self.shuffle(epoch)[k : k + end - i])
+            parts.append(shuffled(len(self.labels), self.seed, epoch, self.where)[k : k + end - i])
             i += len(parts[-1])
         return torch.cat(parts)
 

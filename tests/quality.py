@@ -219,7 +219,7 @@ def classifier(data, folder, device):
         digest.update(inspect.getsource(source).encode())
     digest.update(repr((STEPS, BATCH, data.name, len(data.classes), data.images.shape)).encode())
     digest.update(data.images.numpy().tobytes() + data.labels.numpy().tobytes())
-    file = Path(folder) / f"{data.name}_{digest.hexdigest()}.pt"
+    file = Path(folder) / f"{data.name[:40]}_{digest.hexdigest()}.pt"
     model = Classifier(data.images.shape[1], len(data.classes)).to(device).eval().requires_grad_(False)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)

@@ -102,6 +102,41 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, monkeypatch):
         train(ddpm, tmp_path, monkeypatch, "--steps", 12)
 
 
+STREAMED = """
+import common, rf_dit_cifar as rf
+common.MAX_BYTES = 0
+with common.one_line_errors():
+    rf.train(common.parse(rf.Config, ""))
+"""
+
+
+def test_sigterm_to_all_processes_while_others_decode(tmp_path, monkeypatch):
+    """As Slurm and torchrun send it: those that decode live until the checkpoint is written, and then end."""
+    for i in range(300):
+        file = tmp_path / "set" / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((16, 16), 60).save(file)
+    flags = [*TINY, *SMALL[rf], "--dataset", tmp_path / "set", "--eval-every", 0, "--sample-every", 0]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("DIFFUSION_LOGS", str(tmp_path / "logs"))
+    command = [sys.executable, "-c", STREAMED, *map(str, flags)]
+    process = subprocess.Popen([*command, "--steps", "100000"], start_new_session=True, cwd=tmp_path)
+    while process.poll() is None and not any(
+        len(steps(f.parent.parent)) > 20 for f in tmp_path.glob("logs/*/*/metrics/loss.jsonl")
+    ):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == common.PREEMPTED
+    (run,) = tmp_path.glob("logs/*/*")
+    last = common.newest_checkpoint(run)["step"]
+    assert steps(run) == list(range(1, last + 1))
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nobody is left
+    command = [*command[:3], "--resume", str(run), "--steps", str(last + 3)]
+    assert subprocess.run(command, cwd=tmp_path, timeout=60).returncode == 0
+    assert steps(run) == list(range(1, last + 4))
+
+
 def test_a_lost_process_ends_the_others(script, tmp_path):
     """kill -9 of one of two: torchrun ends the other, and the run goes on, also as one process."""
     prefix = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

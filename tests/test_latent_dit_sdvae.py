@@ -285,9 +285,8 @@ def test_images_that_memory_does_not_hold(tmp_path, monkeypatch):
     assert np.array_equal(stored, eager) and count == len(stored) == 286
     assert cached(monkeypatch, cfg, data, vae)[1] == 0
     (tmp_path / "images" / "a" / "0010.png").write_bytes(b"no image")
-    cfg, data, _, vae = prepared(vae_folder, tmp_path, dataset=folder)
     with pytest.raises(common.UserError, match="1 of 286 images cannot be read: .*0010.png .not an image"):
-        cached(monkeypatch, cfg, data, vae)
+        prepared(vae_folder, tmp_path, dataset=folder)  # before any image is encoded
 
 
 def test_latents_come_in_the_order_of_the_batches(vae_folder, tmp_path, monkeypatch):
