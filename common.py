@@ -150,7 +150,8 @@ def parse(Config, doc, argv=None):
     def read(arguments):
         known, unknown = parser.parse_known_args(arguments)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], map(_flag, flags), 1)
+            typed, names = unknown[0].split("=")[0], [*map(_flag, flags)]
+            near = [f for f in names if f.startswith(typed)] or difflib.get_close_matches(typed, names, 1)
             advice = f"did you mean {near[0]}?" if near else "see --help"
             raise UserError(f"unknown argument {unknown[0]}; {advice}")
         return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(known).items()}

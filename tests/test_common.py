@@ -195,6 +195,7 @@ def test_flags_are_typed_and_documented(capsys):
             ["--step", "3"],
             "unknown argument --step;",
         ),  # no abbreviations: a typo must not become another flag
+        (["--m", "3"], "unknown argument --m; did you mean --mults"),
         (["--steps", "many"], "invalid int value: 'many'; see --help"),
         (["--kind", "c"], "invalid choice: 'c'"),
         (["--resume", "x", "--sample", "y"], "contradict"),
