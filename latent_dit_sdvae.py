@@ -779,9 +779,10 @@ def train(cfg):
         loss.backward()
         return loss.detach()
 
-    # What breaks in evaluating or sampling breaks now, not after hours.
+    # A bug in evaluating or sampling shows now, not after hours.
     evaluate(ema.model, stored_held_out, few.labels[:8], cfg, device, rank, world)
-    decode(sample_classes(ema.model, replace(cfg, num_samples=2, sampling_steps=1), device)[0], cfg)
+    with common.harmless("a trial picture"):
+        decode(sample_classes(ema.model, replace(cfg, num_samples=2, sampling_steps=1), device)[0], cfg)
 
     step, first, seconds = run.step, run.step, clock.seconds["train"]
     net = common.compiled(model, lambda net: backward(net, *micro_batches(step)[0]), cfg, device)
