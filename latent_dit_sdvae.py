@@ -1,30 +1,27 @@
-"""Latent diffusion: a DiT in the latent space of a Stable Diffusion VAE. One file: flags, VAE, cache of
-latents, model, method, sampler, optimizer, loop.
+"""A DiT in the latent space of a Stable Diffusion VAE.
 
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv:2112.10752), "LDM"
-below, with the DiT of Peebles & Xie 2022 (arXiv:2212.09748) as rf_dit_cifar.py has it; trained as a rectified
-flow (Liu et al. 2022, arXiv:2209.03003) or with v-prediction (Salimans & Ho 2022, arXiv:2202.00512).
+below, with the DiT of Peebles & Xie 2022 (arXiv:2212.09748) as in rf_dit_cifar.py; trained as a rectified
+flow (Liu et al. 2022, arXiv:2209.03003) or with v-prediction (Salimans & Ho 2022, arXiv:2202.00512). Time t
+runs from 0 (data) to 1 (noise).
 
-    python latent_dit_sdvae.py --dataset FOLDER                     256 pixels, DiT-B/2, one GPU
-    python latent_dit_sdvae.py --dataset FOLDER --method ddpm       the same with v-prediction
-    python latent_dit_sdvae.py --vae train --image-size 0 --patch 1 no download: trains a VAE first
-    python latent_dit_sdvae.py --resume logs/rf/RUN                 goes on where a run stopped
-    python latent_dit_sdvae.py --sample logs/rf/RUN --guidance 3    samples a finished run
-    torchrun --standalone --nproc-per-node=2 latent_dit_sdvae.py    same batch, 2 processes
+    python latent_dit_sdvae.py --dataset FOLDER                        256 pixels, DiT-B/2, one GPU
+    python latent_dit_sdvae.py --dataset FOLDER --method ddpm          the same with v-prediction
+    python latent_dit_sdvae.py --vae train --image-size 0 --patch 1    no download: trains a VAE first
+    python latent_dit_sdvae.py --resume logs/rf/RUN                    continues a run
+    torchrun --standalone --nproc-per-node=2 latent_dit_sdvae.py       the same batch on 2 GPUs
+    python ddim_sample.py logs/rf/RUN                                  samples a run
 
-On two CPU cores the README's line goes from nothing to MNIST's digits in ten minutes, the VAE included.
+On two CPU cores, the README's command goes from nothing to MNIST digits in ten minutes, VAE included.
 """
 
-import contextlib
 import functools
 import hashlib
-import json
 import math
 import os
 import shutil
 import time
 import warnings
-import zlib
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -39,371 +36,356 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import common
-from common import UserError, derived, need, seed_of
+from common import UserError, derive_seed, derived, require, resumable
 
 # ------------------------------------------------------------------------------------------------
-# Flags: the only place a default lives; the comment is the help
+# Flags: the only place a default lives; the comments are the help
 
 
 @dataclass
 class Config:
     # latents
-    vae: str = "stabilityai/sd-vae-ft-mse"  # hub id, folder in diffusers' format, or train = one of its own
-    vae_steps: int = 2000  # of --vae train
-    latent_mode: Literal["sample", "mean"] = "sample"  # a fresh draw from the VAE's posterior, or its mean
-    cache: str = ""  # folder for latents and trained VAEs; default DATA_ROOT/latents
+    vae: str = resumable("stabilityai/sd-vae-ft-mse")  # hub id or folder of diffusers; train = its own
+    vae_steps: int = 2000  # training steps of --vae train
+    latent_mode: Literal["sample", "mean"] = "sample"  # a new draw from the VAE's posterior, or its mean
+    cache: str = resumable("")  # folder of latents and trained VAEs; default DATA_ROOT/latents
     # model
-    dim: int = 768  # channels of a token
-    depth: int = 12  # blocks
-    heads: int = 12  # of attention
-    patch: int = 2  # side of the square of latents that is a token
-    mlp_ratio: float = 4.0  # hidden channels of an MLP in units of dim
+    dim: int = 768  # channels per token
+    depth: int = 12  # number of blocks
+    heads: int = 12  # attention heads
+    patch: int = 2  # side of a patch (one token) in latents
+    mlp_ratio: float = 4.0  # hidden channels of an MLP divided by dim
     # method
-    method: Literal["rf", "ddpm"] = "rf"  # rectified flow, or v-prediction on DDPM's cosine path
-    t_sampling: Literal["uniform", "logit-normal"] = "uniform"  # density of the training times
-    shift: float = 1.0  # above 1 moves these times towards noise, below 1 towards data
+    method: Literal["rf", "ddpm"] = "rf"  # rectified flow, or v-prediction on a cosine path
+    t_sampling: Literal["uniform", "logit-normal"] = "uniform"  # distribution of the training times
+    shift: float = 1.0  # shift of the training times; above 1 towards noise, below 1 towards data
+    class_dropout: float = 0.1  # fraction of labels replaced by the null class; 1 = unconditional
     # guidance and sampling
-    class_dropout: float = 0.1  # share of labels replaced by the null class; 1 = unconditional
-    guidance: float = 1.5  # w in uncond + w (cond - uncond); 1 = off
+    guidance: float = 1.5  # guidance scale w of uncond + w (cond - uncond); 1 = off
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # times between which guidance acts, such as 0.1 0.8
-    sampling_steps: int = 50  # of DDIM, for the pictures
-    num_samples: int = 100  # images in a grid, classes in turn
+    sampling_steps: int = 50  # steps of the sampler
+    num_samples: int = resumable(100)  # images per grid, all classes in turn
     # length
-    steps: int = 400_000  # optimizer steps
-    minutes: float = 0.0  # stop after so many minutes of training if that is earlier; 0 = no limit
-    bs: int = 256  # images a step, over all processes
-    grad_accum: int = 1  # forward-backward passes that share the bs
+    steps: int = resumable(400_000)  # optimizer steps
+    minutes: float = resumable(0.0)  # minutes of training, if they end before the steps; 0 = no limit
+    bs: int = 256  # global batch size, whatever the number of processes
+    grad_accum: int = 1  # micro-batches per step
     # data
-    dataset: str = "cifar10"  # mnist, cifar10, digits, or a folder or .zip of images
-    data_root: str = ""  # where mnist and cifar10 are or go; default $DIFFUSION_DATA, else data/
-    image_size: int = 256  # resize to this side in pixels; 0 = the dataset's own
-    channels: int = 0  # 1 gray, 3 colour, 0 = the VAE's, or with --vae train the dataset's own
-    flip: Literal["auto", "on", "off"] = "auto"  # mirror half of the images; auto = of cifar10 alone
-    # optimizer: Muon for the matrices of blocks, AdamW for all else
-    lr: float = 1e-3  # peak learning rate of AdamW, falling linearly to zero
-    muon_lr: float = 0.02  # that of Muon
-    warmup: int = 100  # steps until the peak
-    weight_decay: float = 0.0  # of matrices
-    grad_clip: float = 1.0  # largest gradient norm; 0 = off
-    ema_decay: float = 0.9999  # of the averaged weights; a young run uses less
+    dataset: str = resumable("cifar10")  # mnist, cifar10, digits, or a folder or .zip of images
+    data_root: str = resumable("")  # folder of mnist and cifar10; default $DIFFUSION_DATA, else data/
+    image_size: int = 256  # side in pixels that images are resized to; 0 = the dataset's own
+    channels: int = 0  # 1 gray, 3 colour, 0 = the VAE's; with --vae train the dataset's own
+    flip: Literal["auto", "on", "off"] = "auto"  # random horizontal flips; auto = only for cifar10
+    # optimizer
+    lr: float = 1e-3  # peak learning rate of AdamW, decayed linearly to zero
+    muon_lr: float = 0.02  # peak learning rate of Muon
+    warmup: int = 100  # warmup steps
+    weight_decay: float = 0.0  # weight decay of matrices
+    grad_clip: float = 1.0  # maximum gradient norm; 0 = off
+    ema_decay: float = 0.9999  # decay of the EMA weights; lower early in training
     # run
-    out: str = ""  # parent of run folders; default $DIFFUSION_LOGS, else logs/
-    seed: int = 0  # of everything random
-    resume: str = ""  # RUN or RUN/checkpoints/step_X.pt to go on with
-    new_code: bool = False  # with --resume: go on though script or common.py differ from the run's
-    config: str = ""  # a run.yaml whose flags become the defaults
-    sample: str = ""  # RUN to sample, without training
-    keep: int = 2  # checkpoints to keep
-    # rhythm, in steps; 0 = never (but not of log_every)
-    log_every: int = 20  # read losses back and write them
-    eval_every: int = 1000  # held-out loss
-    sample_every: int = 10_000  # pictures
-    save_every: int = 5000  # checkpoint
+    out: str = resumable("")  # parent folder of runs; default $DIFFUSION_LOGS, else logs/
+    seed: int = 0  # random seed
+    resume: str = ""  # RUN or RUN/checkpoints/step_X.pt to continue
+    config: str = ""  # run.yaml whose flags become the defaults
+    keep: int = resumable(2)  # checkpoints to keep
+    # intervals in steps; 0 = never
+    log_every: int = resumable(20)  # steps between lines of loss and speed (at least 1)
+    eval_every: int = resumable(1000)  # steps between evaluations of the held-out loss
+    sample_every: int = resumable(10_000)  # steps between grids of samples
+    save_every: int = resumable(5000)  # steps between checkpoints
     # machine
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = the fastest there is
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 where it is faster
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = if the run is long enough
-    grad_checkpoint: bool = False  # recompute blocks in the backward pass: less memory, a third slower
-    # from the dataset and the VAE
+    device: Literal["auto", "cpu", "cuda", "mps"] = resumable("auto")  # auto = the fastest available
+    dtype: Literal["auto", "float32", "bfloat16"] = resumable("auto")  # auto = bfloat16 if supported
+    compile: Literal["auto", "on", "off"] = resumable("auto")  # torch.compile; auto = if the run is long
+    grad_checkpoint: bool = resumable(False)  # recompute blocks in backward: less memory, a third slower
+    # derived from the dataset and the VAE
     shape: tuple[int, ...] = derived((4, 32, 32))  # of a latent
-    num_classes: int = derived(10)
+    classes: tuple[str, ...] = derived(tuple("0123456789"))
     vae_path: str = derived("")  # hub id, or absolute folder
     vae_hash: str = derived("")  # of its weights
 
 
 def check(cfg):
-    """Raises UserError for values and combinations that cannot work."""
-    common.in_range(cfg, "dim depth heads patch vae_steps sampling_steps num_samples steps bs grad_accum", 1)
-    common.in_range(cfg, "keep log_every", 1)
-    common.in_range(cfg, "minutes warmup weight_decay grad_clip eval_every sample_every save_every", 0)
-    common.in_range(cfg, "ema_decay class_dropout", 0, 1)
-    common.positive(cfg, "lr muon_lr shift mlp_ratio")
-    parts, side = cfg.grad_accum * int(os.environ.get("WORLD_SIZE", 1)), cfg.shape[-1]
-    need(cfg.bs % parts == 0, f"--bs {cfg.bs} is no multiple of --grad-accum x processes, {parts}; change it")
-    fits = [p for p in range(1, side + 1) if side % p == 0]
-    text = f"--patch {cfg.patch} does not divide {side}, the side of the latents"
-    need(cfg.patch in fits, f"{text}; choose from {fits}")
-    unit = 4 * cfg.heads  # a head's channels come in pairs, half of which tell the row, half the column
-    need(cfg.dim % unit == 0, f"--dim {cfg.dim} is no multiple of 4 x --heads, {unit}; change one of them")
-    need(cfg.guidance == 1 or cfg.class_dropout > 0, "--guidance needs --class-dropout; or give --guidance 1")
+    """Raises UserError for values that cannot work."""
+    common.require_range(cfg, "vae_steps sampling_steps num_samples steps bs grad_accum keep log_every", 1)
+    common.require_range(cfg, "minutes warmup weight_decay grad_clip eval_every sample_every save_every", 0)
+    common.require_range(cfg, "ema_decay class_dropout", 0, 1)
+    common.require_range(cfg, "lr muon_lr shift", 0, exclude_low=True)
+    parts = cfg.grad_accum * int(os.environ.get("WORLD_SIZE", 1))
+    text = f"--bs ({cfg.bs}) must be divisible by --grad-accum x number of processes ({parts})"
+    require(cfg.bs % parts == 0, text)
+    guided = cfg.guidance == 1 or cfg.class_dropout > 0
+    require(guided, "--guidance needs --class-dropout above 0; or use --guidance 1")
     low, high = cfg.guidance_interval
-    need(0 <= low <= high <= 1, "--guidance-interval takes two times in [0, 1]; give such as 0.1 0.8")
+    require(0 <= low <= high <= 1, "--guidance-interval must be two times in [0, 1], such as 0.1 0.8")
+    check_model(cfg)
 
 
 # ------------------------------------------------------------------------------------------------
 # VAE: images [B, C, H, W] in [-1, 1] <-> latents [B, c, h, w] of about unit variance
 
 
+def load_vae(path, device, expected_hash=""):
+    """An AutoencoderKL or AutoencoderTiny of diffusers, by hub id or folder, frozen. Raises UserError."""
+    vae = read_vae(path, device)
+    same = expected_hash in ("", weights_hash(vae))
+    require(same, f"VAE {path} is not the one that this run was trained with; restore it")
+    return vae
+
+
 @functools.lru_cache(2)
-def load_vae(path, device):
-    """diffusers' AutoencoderKL or AutoencoderTiny by hub id or folder, frozen. Raises UserError."""
-    import diffusers  # takes seconds; --help and most errors do without
+def read_vae(path, device):
+    import diffusers  # takes seconds; --help and most errors do not need it
     import huggingface_hub
 
     diffusers.utils.logging.set_verbosity_error()  # our error is one line
     huggingface_hub.utils.logging.set_verbosity_error()
-    own = Path(__file__).parent / "vae"  # in a run's code/, wherever it is moved to
+    own = Path(__file__).parent / "vae"  # in a run's code folder, wherever that was moved
     path = own if (own.parents[1] / "run.yaml").exists() and own.exists() else path
     try:
         name = diffusers.AutoencoderKL.load_config(path)["_class_name"]
         if name not in ("AutoencoderKL", "AutoencoderTiny"):
-            raise ValueError(f"it is a {name}, neither AutoencoderKL nor AutoencoderTiny")
+            raise ValueError(f"{name} is neither AutoencoderKL nor AutoencoderTiny")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             vae = getattr(diffusers, name).from_pretrained(path, low_cpu_mem_usage=False)
     except Exception as e:  # no network, no such id, damaged files: nearly anything
-        text = f"the VAE {path} cannot be had ({common.why(e)})"
-        raise UserError(f"{text}; give --vae a folder in diffusers' format, or --vae train") from None
+        text = f"cannot load VAE {path} ({common.first_line(e)})"
+        raise UserError(f"{text}; set --vae to a folder in diffusers' format, or to train") from None
     return vae.to(device).eval().requires_grad_(False)
 
 
-def scale_of(vae):
-    """(scale, shift) of latents (z - shift) scale; 0.18215 and 0 for Stable Diffusion."""
+def scaling_factor(vae):
+    """(scale, shift): latents are (z - shift) scale; 0.18215 and 0 for Stable Diffusion."""
     return vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
 
 
-@torch.no_grad()
-def encode(vae, x):
-    """-> mean and standard deviation of the posterior (LDM, app. G), scaled, each [B, c, h, w]."""
-    (scale, shift), found = scale_of(vae), vae.encode(x)
-    if hasattr(found, "latents"):  # AutoencoderTiny has no posterior
-        return (found.latents - shift) * scale, torch.zeros_like(found.latents)
-    return (found.latent_dist.mean - shift) * scale, found.latent_dist.std * scale
-
-
-@torch.no_grad()
-def decode(x, cfg):
-    """Latents -> images in [-1, 1], few at a time: the VAE's layers are larger than all of the DiT's."""
-    vae = load_vae(cfg.vae_path, x.device)
-    need(hash_of(vae) == cfg.vae_hash, f"the VAE {cfg.vae_path} is not the one of this run; restore that")
-    scale, shift = scale_of(vae)
-    parts = [vae.decode(z / scale + shift).sample for z in x.float().split(at_a_time(cfg))]
-    return torch.cat(parts).clamp(-1, 1)
-
-
-def at_a_time(cfg):
-    """Images that pass the VAE together: 16 of latents of 32 x 32, more if they are smaller."""
-    return max(1, 16 * 32**2 // math.prod(cfg.shape[1:]))
-
-
 @functools.lru_cache(2)
-def hash_of(vae):
-    """16 hexadecimal digits of the VAE's weights and scale."""
-    digest = hashlib.blake2b(repr((type(vae).__name__, scale_of(vae))).encode(), digest_size=8)
+def weights_hash(vae):
+    """16 hex digits of the VAE's weights and scale."""
+    digest = hashlib.blake2b(repr((type(vae).__name__, scaling_factor(vae))).encode(), digest_size=8)
     for value in vae.state_dict().values():
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def train_vae(data, folder, cfg, device):
-    """Trains a small AutoencoderKL on a common.Dataset and saves it, in diffusers' format.
+@torch.no_grad()
+def encode(vae, x):
+    """Images -> mean and standard deviation of the posterior (LDM, app. G), scaled, each [B, c, h, w]."""
+    (scale, shift), posterior = scaling_factor(vae), vae.encode(x)
+    if hasattr(posterior, "latents"):  # AutoencoderTiny has no posterior
+        return (posterior.latents - shift) * scale, torch.zeros_like(posterior.latents)
+    return (posterior.latent_dist.mean - shift) * scale, posterior.latent_dist.std * scale
 
-    It halves an image's sides twice, from 128 pixels on three times. The loss is the squared error and a
-    small KL term, without LDM's perceptual and adversarial ones, which need networks of their own.
+
+@torch.no_grad()
+def decode(x, cfg):
+    """Latents -> images in [-1, 1], in small batches, as the VAE's activations are larger than the DiT's."""
+    vae = load_vae(cfg.vae_path, x.device, cfg.vae_hash)
+    scale, shift = scaling_factor(vae)
+    parts = [vae.decode(z / scale + shift).sample for z in x.float().split(vae_batch_size(cfg))]
+    return torch.cat(parts).clamp(-1, 1)
+
+
+def vae_batch_size(cfg):
+    """Images per VAE batch: 16 for latents of 32 x 32, more if they are smaller."""
+    return max(1, 16 * 32**2 // math.prod(cfg.shape[1:]))
+
+
+def num_downsamples(side):
+    """How often our own VAE halves the resolution."""
+    return 2 if side < 128 else 3
+
+
+def train_vae(data, folder, cfg, device):
+    """Trains a small AutoencoderKL on a common.Dataset and saves it in diffusers' format.
+
+    The loss is the squared error and a small KL term, without LDM's perceptual and adversarial terms, which
+    need networks of their own.
     """
     from diffusers import AutoencoderKL
 
     C, side, bs, kl_weight = *data.images.shape[1:3], 64, 1e-3
-    widths = (32, 64, 64, 128)[: halvings(side) + 1]
+    levels = num_downsamples(side)
+    widths = (32, 64, 64, 128)[: levels + 1]
     down, up = ([f"{kind}Block2D"] * len(widths) for kind in ("DownEncoder", "UpDecoder"))
     more = {"latent_channels": 4, "norm_num_groups": 8, "sample_size": side, "mid_block_add_attention": False}
-    torch.manual_seed(seed_of(cfg.seed, "vae"))
+    torch.manual_seed(derive_seed(cfg.seed, "vae"))
     vae = AutoencoderKL(C, C, down, up, widths, **more).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     batches = common.Batches(data, bs, cfg.seed, device, flip=cfg.flip == "on")
-    fast = common.device_facts(device)[1]
-
-    def loss_of(x, noise):
-        p = vae.encode(x).latent_dist
-        error = (vae.decode(p.mean + p.std * noise).sample.float() - x).square().mean()
-        kl = 0.5 * (p.mean.float().square() + p.var.float() - 1 - p.logvar.float())
-        return error + kl_weight * kl.mean()
-
-    def backward(net, step):
-        x, _ = batches(step)
-        noise = torch.Generator(device).manual_seed(seed_of(cfg.seed, "vae noise", step))
-        noise = torch.randn(bs, 4, *[side >> halvings(side)] * 2, generator=noise, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=fast):
-            loss = net(x.contiguous(memory_format=torch.channels_last), noise)
-        loss.backward()
-        return loss
-
-    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # in diffusers
-    net = common.compiled(loss_of, lambda net: backward(net, 0), cfg, device)
+    bf16 = common.supports_bf16(device)
     for step in tqdm(range(cfg.vae_steps), "training the VAE", disable=None):
-        optimizer.zero_grad()
-        loss = backward(net, step)
+        x = batches(step)[0].contiguous(memory_format=torch.channels_last)
+        generator = torch.Generator(device).manual_seed(derive_seed(cfg.seed, "vae noise", step))
+        noise = torch.randn(bs, 4, *[side >> levels] * 2, generator=generator, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            p = vae.encode(x).latent_dist
+            recon = vae.decode(p.mean + p.std * noise).sample.float()
+        kl = 0.5 * (p.mean.float().square() + p.var.float() - 1 - p.logvar.float()).mean()
+        loss = (recon - x).square().mean() + kl_weight * kl
+        loss.backward()
         optimizer.found_inf = (~nn.utils.clip_grad_norm_(vae.parameters(), 1.0).isfinite()).float()
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1 - step / cfg.vae_steps)
         optimizer.step()
-    need(loss.isfinite(), "the VAE's training diverged; look at the dataset, or give --vae a trained one")
+        optimizer.zero_grad()
+    require(loss.isfinite(), "the VAE's training diverged; check the dataset, or set --vae to a trained one")
     vae.eval().requires_grad_(False)
-    some = [i.tolist() for i in torch.linspace(0, len(data.labels) - 1, 1000).long().split(50)]
-    some = (x.to(device).float() / 127.5 - 1 for x, _ in common.read_batches(data.images, some))
+    some = torch.linspace(0, len(data.labels) - 1, 1000).long().split(50)
+    some = (common.images_at(data.images, i.tolist()).to(device).float() / 127.5 - 1 for i in some)
     means = torch.cat([vae.encode(x).latent_dist.mean for x in some])
     vae.register_to_config(scaling_factor=1 / means.std().item(), shift_factor=means.mean().item())
-    part = folder.with_name(folder.name + ".part")
-    vae.save_pretrained(part)
-    part.rename(folder)  # whole or not at all
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    vae.save_pretrained(temporary)
+    if folder.exists():  # another job has trained the same one
+        shutil.rmtree(temporary)
+    else:
+        temporary.rename(folder)  # complete or not at all
 
 
-def halvings(side):
-    """How often a VAE of our own halves the sides of an image."""
-    return 2 if side < 128 else 3
-
-
-def prepare(cfg, device, rank, world):
-    """-> (cfg with shape, num_classes, vae_path and vae_hash, training data, held-out data, VAE).
-
-    Raises UserError before anything slow is done where cfg, data and VAE do not fit together.
-    """
+def load_data_and_vae(cfg, device, rank, world):
+    """-> (cfg with its derived fields, training set, held-out set, VAE). Raises UserError."""
     run = cfg.resume and common.find_run(cfg.resume)
-    own = run / "code" / "vae" if run and (run / "code" / "vae").exists() else None
-    train_it, channels = cfg.vae == "train" and not own, cfg.channels
-    if not train_it:
-        path = str(own or (Path(cfg.vae).resolve() if Path(cfg.vae).exists() else cfg.vae))
-        vae = load_vae(path, device)
+    path, channels = str(Path(cfg.vae).resolve() if Path(cfg.vae).exists() else cfg.vae), cfg.channels
+    if run and (run / "code" / "vae").exists():
+        path = str(run / "code" / "vae")
+    if path != "train":
+        vae = load_vae(path, device, cfg.vae_hash if run else "")
         channels = vae.config.in_channels
-        if cfg.channels not in (0, channels):
-            raise UserError(f"--channels is {cfg.channels}, but the VAE takes {channels}; leave it out")
+        text = f"--channels is {cfg.channels}, but the VAE takes {channels}; leave it out"
+        require(cfg.channels in (0, channels), text)
     load = functools.partial(common.load_dataset, cfg.dataset, cfg.data_root)
     data = load("train", cfg.image_size, channels)
-    C, side, _ = data.images.shape[1:]
+    _, C, side, _ = data.images.shape
     held_out = load("test", side, C)
+    levels = num_downsamples(side) if path == "train" else len(vae.config.block_out_channels) - 1
+    near = side // 2**levels * 2**levels
+    sizes = " or ".join(str(s) for s in (near, near + 2**levels) if s)
+    text = f"the image side ({side}) must be divisible by {2**levels} for this VAE; use --image-size {sizes}"
+    require(near == side, text)
+    shape = (4 if path == "train" else vae.config.latent_channels, side >> levels, side >> levels)
     flip = cfg.flip == "on" or (cfg.flip == "auto" and cfg.dataset == "cifar10")
-    levels = halvings(side) if train_it else len(vae.config.block_out_channels) - 1
-    c = 4 if train_it else vae.config.latent_channels
-    if side % 2**levels:
-        near = side // 2**levels * 2**levels
-        fit = " or ".join(str(s) for s in (near, near + 2**levels) if s)
-        text = f"images of {side} pixels do not suit the VAE, which halves them {levels} times"
-        raise UserError(f"{text}; give a multiple of {2**levels}, such as --image-size {fit}")
-    cfg = replace(cfg, shape=(c, side >> levels, side >> levels), num_classes=len(data.classes))
-    cfg = replace(cfg, flip="on" if flip else "off")
+    cfg = replace(cfg, shape=shape, classes=tuple(data.classes), flip="on" if flip else "off")
     check(cfg)
-    if train_it:
+    if path == "train":
         name = f"vae_{data.name[:40]}_{C}x{side}_{data.fingerprint()[:8]}_steps{cfg.vae_steps}_seed{cfg.seed}"
-        name += "_flip" * flip
-        folder = cache_folder(cfg) / name
-        with alone(folder, rank, world):
-            if rank == 0 and not folder.exists():
-                common.say(f"vae     training one on {data.name}, {cfg.vae_steps} steps")
-                start = time.perf_counter()
-                train_vae(data, folder, cfg, device)
-                common.say(f"vae     trained in {time.perf_counter() - start:.1f} s, in {folder}")
+        folder = cache_folder(cfg) / (name + "_flip" * flip)
+        if rank == 0 and not folder.exists():
+            common.print0(f"vae     training one on {data.name}, {cfg.vae_steps} steps")
+            train_vae(data, folder, cfg, device)
+        barrier(world)
         path = str(folder.resolve())
         vae = load_vae(path, device)
-    return replace(cfg, vae_path=path, vae_hash=hash_of(vae)), data, held_out, vae
+    return replace(cfg, vae_path=path, vae_hash=weights_hash(vae)), data, held_out, vae
 
 
 # ------------------------------------------------------------------------------------------------
-# Cache: every image is encoded once, into a file that is then read in place
+# Latents: every image is encoded once, in files of CHUNK images
 
-CHUNK = 256  # images that are encoded, written and checked together
+CHUNK = 4096
 
 
 def cache_folder(cfg):
     return Path(cfg.cache or Path(cfg.data_root or os.environ.get("DIFFUSION_DATA") or "data") / "latents")
 
 
-def together(world):
-    """Waits for all processes."""
+def barrier(world):
+    """Waits for all ranks, on the CPU, for days if needed."""
     if world > 1:
-        dist.all_reduce(torch.zeros(1))  # on the CPU, over gloo, which bears hours of waiting
+        dist.all_reduce(torch.zeros(1))
 
 
-@contextlib.contextmanager
-def alone(path, rank, world):
-    """No other job, only the processes of this one, works on path meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f"{path.name}.lock"), "a") as file:
-        if rank == 0:
-            if not common.lock(file):
-                common.say(f"waiting for another process that works on {path}")
-                common.lock(file, wait=True)
-        together(world)
-        yield
-        together(world)
+def encode_dataset(data, vae, cfg, split, device, rank=0, world=1):
+    """Encodes a split, unless that is done -> a list of memory maps, float16 [CHUNK, V, M, c, h, w].
 
-
-def encoded(data, vae, cfg, split, device, rank=0, world=1):
-    """The posteriors of all images: a memory map, float16 [N, V, 2, c, h, w], of means and deviations.
-
-    V is 2 where mirrored images count, else 1. The folder's name says what it depends on; sums.*.txt has the
-    checksum of each chunk that is done, so that what is missing or damaged is encoded, and nothing else.
-    Processes share the chunks.
+    V: the image, and its mirror image with --flip; M: mean and standard deviation, or with --latent-mode mean
+    only the former. A chunk is written completely or not at all, by whoever finds it missing. Everything that
+    it depends on is in the folder's name.
     """
-    fast, views = common.device_facts(device)[1], 1 + (cfg.flip == "on" and split == "train")
-    shape = (len(data.labels), views, 2, *cfg.shape)
-    facts = {"split": split, "fingerprint": data.fingerprint(), "images": list(data.images.shape)}
-    facts |= {"vae": cfg.vae_hash, "latents": list(shape), "encoded_in": "bfloat16" if fast else "float32"}
-    text = json.dumps(facts, indent=1)
-    key = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-    folder = cache_folder(cfg) / f"{data.name[:40]}_{split}_{data.images.shape[-1]}px_{key}"
-    with alone(folder, rank, world):
-        known = folder / "facts.json"
-        if rank == 0 and not (known.exists() and known.read_text() == text):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            common.write_atomically(known, lambda f: f.write(text.encode()))
-        together(world)
-        with open(folder / "latents.f16", "ab") as file:
-            file.truncate(2 * math.prod(shape))
-        stored = np.memmap(folder / "latents.f16", np.float16, "c", shape=shape)
-        sums = {line for f in folder.glob("sums.*.txt") for line in f.read_text().splitlines()}
-        begun = {line.split(" ")[0] for line in sums}
-        together(world)  # all have read the sums before any writes one
+    bf16, flip = common.supports_bf16(device), cfg.flip == "on" and split == "train"
+    key = (data.fingerprint(), data.images.shape, cfg.vae_hash, cfg.shape, cfg.latent_mode, flip, bf16)
+    folder = (
+        cache_folder(cfg) / f"{data.name[:40]}_{split}_{data.images.shape[-1]}px_{derive_seed(*key):016x}"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    n = len(data.labels)
+    files = [folder / f"{i:08d}.npy" for i in range(0, n, CHUNK)]
+    missing, start = [f for f in files[rank::world] if not is_valid(f)], time.perf_counter()
+    if missing:
+        common.print0(f"latents encoding {len(missing)} of {len(files)} chunks of {split} into {folder}")
+    for file in tqdm(missing, f"encoding {split}", disable=rank > 0 or None):
+        first, parts = int(file.stem), []
+        for indices in torch.arange(first, min(first + CHUNK, n)).split(vae_batch_size(cfg)):
+            x = common.images_at(data.images, indices.tolist()).to(device).float() / 127.5 - 1
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                views = [torch.stack(encode(vae, v), 1) for v in ([x, x.flip(-1)] if flip else [x])]
+            latents = torch.stack(views, 1).half().cpu()
+            parts.append(latents if cfg.latent_mode == "sample" else latents[:, :, :1])
+        common.write_atomically(file, lambda f, parts=parts: np.save(f, torch.cat(parts).numpy()))
+    barrier(world)
+    if missing:
+        common.print0(f"latents encoded in {time.perf_counter() - start:.1f} s")
+    return [np.load(file, mmap_mode="r") for file in files]
 
-        def whole(i):
-            return str(i) in begun and f"{i} {zlib.crc32(stored[i * CHUNK : (i + 1) * CHUNK])}" in sums
 
-        todo = [i for i in range(rank, math.ceil(len(stored) / CHUNK), world) if not whole(i)]
-        if damaged := sum(str(i) in begun for i in todo):
-            common.say(f"warning: {damaged} chunks in {folder} are damaged; encoding them again")
-
-        chunks = [list(range(i * CHUNK, min((i + 1) * CHUNK, len(stored)))) for i in todo]
-        images, start = common.read_batches(data.images, chunks), time.perf_counter()
-        with open(folder / "latents.f16", "r+b") as file, open(folder / f"sums.{rank}.txt", "a") as done:
-            for i in tqdm(todo, f"encoding {split}", disable=rank > 0 or None):
-                (x, _), parts = next(images), []
-                for part in x.split(at_a_time(cfg)):
-                    part = part.to(device).float() / 127.5 - 1
-                    with torch.autocast(device.type, torch.bfloat16, enabled=fast):
-                        both = [torch.stack(encode(vae, v), 1) for v in (part, part.flip(-1))[:views]]
-                    parts.append(torch.stack(both, 1).half().cpu())
-                block = torch.cat(parts).numpy()
-                file.seek(i * CHUNK * stored[0].nbytes)
-                file.write(block.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-                done.write(f"\n{i} {zlib.crc32(block)}\n")  # now it counts; the line before may be torn
-                done.flush()
-    if todo:
-        common.say(f"latents {split} encoded in {time.perf_counter() - start:.1f} s, in {folder}")
-    return np.memmap(folder / "latents.f16", np.float16, "c", shape=shape)
+def is_valid(file):
+    """Whether a .npy file exists and has its whole length."""
+    try:
+        return np.load(file, mmap_mode="r") is not None
+    except (OSError, ValueError, EOFError):
+        return False
 
 
 class Latents:
-    """`mean, std, y = latents(step)`: a rank's slice of what common.Batches takes, float32 [n, c, h, w].
+    """`x0, y = latents(step, noise)`: like common.Batches; noise [bs, c, h, w] draws from the posterior.
 
-    They stay on the disk, but for a GPU of whose memory they take less than a quarter.
+    The latents stay on the disk, or on a GPU if they take less than a quarter of its memory.
     """
 
-    def __init__(self, stored, data, cfg, device, rank, world):
+    def __init__(self, chunks, data, cfg, device, rank=0, world=1):
         self.order = common.Batches(data, cfg.bs, cfg.seed, "cpu", rank, world)
-        self.stored, self.device, self.rank_slice = torch.from_numpy(stored), device, self.order.rank_slice
-        if device.type == "cuda" and stored.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-            self.stored = self.stored.to(device)
+        self.chunks, self.device, self.rank_slice = chunks, device, self.order.rank_slice
+        self.on_gpu, num_bytes = None, sum(c.nbytes for c in chunks)
+        if device.type == "cuda" and num_bytes < torch.cuda.mem_get_info(device)[0] / 4:
+            self.on_gpu = torch.cat([torch.from_numpy(np.array(c)).to(device) for c in chunks])
 
-    def __call__(self, step):
-        rows, mirrored = (v[self.rank_slice] for v in (self.order.indices(step), self.order.hflip(step)))
-        view, where = mirrored.long() % self.stored.shape[1], self.stored.device
-        posterior = common.send(self.stored[common.send(rows, where), common.send(view, where)], self.device)
-        return *posterior.float().unbind(1), common.send(self.order.labels[rows], self.device)
+    def __call__(self, step, noise):
+        indices, hflip = (v[self.rank_slice] for v in (self.order.indices(step), self.order.hflip(step)))
+        views = hflip.long() % self.chunks[0].shape[1]
+        if self.on_gpu is not None:
+            latents = self.on_gpu[
+                common.to_device(indices, self.device), common.to_device(views, self.device)
+            ]
+        else:
+            rows = zip(indices.tolist(), views.tolist(), strict=True)
+            latents = torch.from_numpy(np.stack([self.chunks[i // CHUNK][i % CHUNK, v] for i, v in rows]))
+        y = common.to_device(self.order.labels[indices], self.device)
+        return draw(common.to_device(latents, self.device), noise[self.rank_slice]), y
+
+
+def draw(latents, noise):
+    """Means and perhaps standard deviations [B, M, c, h, w], and noise -> latents [B, c, h, w]."""
+    latents = latents.float()
+    return latents[:, 0] + latents[:, 1] * noise if latents.shape[1] > 1 else latents[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------
 # Model
+
+BACKBONE = "latentdit"
+
+
+def check_model(cfg):
+    """Raises UserError for sizes that do not fit."""
+    common.require_range(cfg, "dim depth heads patch", 1)
+    common.require_range(cfg, "mlp_ratio", 0, exclude_low=True)
+    side = cfg.shape[-1]
+    fits = [p for p in range(1, side + 1) if side % p == 0]
+    text = f"--patch ({cfg.patch}) must divide the side of the latents ({side}); possible are {fits}"
+    require(cfg.patch in fits, text)
+    unit = 4 * cfg.heads  # RoPE rotates pairs of channels: half of them by row, half by column
+    require(cfg.dim % unit == 0, f"--dim ({cfg.dim}) must be divisible by 4 x --heads ({unit})")
 
 
 def patchify(x, p):
@@ -418,16 +400,16 @@ def unpatchify(x, p):
 
 
 def rope_table(side, dim):
-    """cos and sin [side * side, dim / 2] of the angles by which a token's place turns a head's channel pairs
-    (Su et al. 2021, arXiv:2104.09864, eq. 34): half of the pairs tell its row, half its column."""
-    freqs = 100.0 ** -(torch.arange(dim // 4) / (dim // 4))  # radians a token, from 1 down to about 0.01
+    """cos and sin [side * side, dim / 2] of the angles that rotate a head's channel pairs, half of them by
+    the token's row, half by its column (Su et al. 2021, arXiv:2104.09864, eq. 34)."""
+    freqs = 100.0 ** -(torch.arange(dim // 4) / (dim // 4))  # radians per token, from 1 to about 0.01
     angles = torch.arange(side)[:, None] * freqs
     angles = torch.cat([angles.repeat_interleave(side, 0), angles.repeat(side, 1)], dim=1)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Turns the channel pairs (i, i + dim / 2) of x [..., N, dim]; see rope_table."""
+    """Rotates the channel pairs (i, i + dim / 2) of x [..., N, dim]; see rope_table."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -435,70 +417,61 @@ def rotate(x, cos, sin):
 def attention(q, k, v):
     """softmax(q k^T / sqrt(dim)) v; each [B, heads, N, dim]."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # The fused kernel takes 3 to 9 times as long, forward and backward (AVX-512, 49 to 256 tokens).
+        # The fused kernel takes 3 to 9 times as long (AVX-512, 49 to 256 tokens).
         return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def norm(dim):
-    """Without weights: the modulation scales and shifts."""
+    """LayerNorm without weights: adaLN scales and shifts."""
     return nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
 
 
-class ClassEmbedding(nn.Embedding):
-    """Rows of a table by products with one-hot rows: the gradient of a look-up may be added up in no fixed
-    order (compiled, and on a GPU), and two equal runs would differ."""
-
-    def forward(self, y):
-        with torch.autocast("cuda" if y.is_cuda else "cpu", enabled=False):
-            return F.one_hot(y, self.num_embeddings).float() @ self.weight
-
-
 class Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by time and class (Peebles & Xie 2022, sec. 3.2)."""
+    """Attention and MLP; adaLN shifts, scales and gates both (Peebles & Xie 2022, sec. 3.2)."""
 
     def __init__(self, cfg):
         super().__init__()
         dim, hidden = cfg.dim, int(cfg.mlp_ratio * cfg.dim)
         self.heads = cfg.heads
         self.norm1, self.norm2 = norm(dim), norm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.qk_norm = norm(dim // cfg.heads)
-        self.mlp1, self.mlp2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.bias = nn.Parameter(torch.zeros(6 * dim))
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.mlp1, self.mlp2 = nn.Linear(dim, hidden, bias=False), nn.Linear(hidden, dim, bias=False)
+        self.qk_norm = nn.RMSNorm(dim // cfg.heads, 1e-6, elementwise_affine=False)
+        self.adaln_bias = nn.Parameter(torch.zeros(6 * dim))
 
     def forward(self, x, c, cos, sin):
-        """x [B, N, dim], c [B, 6 dim] -> [B, N, dim].
+        """x [B, N, dim], c [B, 6 dim] -> [B, N, dim], in the dtype of x (under autocast, bfloat16).
 
-        torch.addcmul(a, b, c) is a + b * c in one pass over memory, compiled or not.
+        torch.addcmul(a, b, c) is a + b * c in one pass over memory.
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = (c + self.bias)[:, None].chunk(6, dim=-1)
+        c = (c + self.adaln_bias).to(x.dtype)
+        shift1, scale1, gate1, shift2, scale2, gate2 = c[:, None].chunk(6, dim=-1)
         h = self.qkv(torch.addcmul(shift1, self.norm1(x), 1 + scale1))
         q, k, v = (u.unflatten(2, (self.heads, -1)).transpose(1, 2) for u in h.chunk(3, dim=-1))
         q, k = self.qk_norm(q), self.qk_norm(k)  # bounds the logits (Dehghani et al. 2023, arXiv:2302.05442)
-        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
-        h = attention(q, k, v).transpose(1, 2).flatten(2)
-        x = torch.addcmul(x, gate1, self.out(h))
-        h = self.mlp1(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
-        h = F.relu(h)  # and its square (So et al. 2021, arXiv:2109.08668): learns faster than GELU
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        h = attention(q.to(v.dtype), k.to(v.dtype), v).transpose(1, 2).flatten(2)
+        x = torch.addcmul(x, gate1, self.proj(h))
+        h = F.relu(self.mlp1(torch.addcmul(shift2, self.norm2(x), 1 + scale2)))
+        # Squared ReLU (So et al. 2021, arXiv:2109.08668) learns faster than GELU.
         return torch.addcmul(x, gate2, self.mlp2(h * h))
 
 
 class DiT(nn.Module):
-    """model(x [B, C, H, W], t [B] in [0, 1], y int64 [B]) -> [B, C, H, W]; y = num_classes is no class."""
+    """model(x [B, C, H, W], t [B] in [0, 1], y int64 [B]) -> [B, C, H, W]."""
 
     def __init__(self, cfg):
         super().__init__()
         dim, side, channels = cfg.dim, cfg.shape[-1] // cfg.patch, cfg.shape[0] * cfg.patch**2
-        self.patch, self.time_dim, self.grad_checkpoint = cfg.patch, 256, cfg.grad_checkpoint
-        self.embed, self.unembed = nn.Linear(channels, dim), nn.Linear(dim, channels)
-        self.time = nn.Sequential(nn.Linear(self.time_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.label = ClassEmbedding(cfg.num_classes + 1, dim)
+        self.patch, self.t_dim, self.grad_checkpoint = cfg.patch, 256, cfg.grad_checkpoint
+        self.patch_embed, self.final_linear = nn.Linear(channels, dim), nn.Linear(dim, channels)
+        self.t_embed = nn.Sequential(nn.Linear(self.t_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.y_embed = nn.Linear(len(cfg.classes) + 1, dim, bias=False)  # the last is the null class
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
-        # One modulation for all blocks, each with a bias of its own (Chen et al. 2023, arXiv:2310.00426, sec.
-        # 2.3), takes a quarter of the parameters and a tenth of the time off, and does not learn worse.
-        self.modulation = nn.Linear(dim, 6 * dim)
-        self.norm, self.final_modulation = norm(dim), nn.Linear(dim, 2 * dim)
+        # One adaLN layer for all blocks, each of which adds its own bias (Chen et al. 2023, arXiv:2310.00426,
+        # sec. 2.3): a quarter fewer parameters, a tenth faster, and the same loss.
+        self.adaln, self.norm, self.final_adaln = nn.Linear(dim, 6 * dim), norm(dim), nn.Linear(dim, 2 * dim)
         cos, sin = rope_table(side, dim // cfg.heads)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -506,21 +479,22 @@ class DiT(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-                if "modulation" in name or name == "unembed":  # blocks start as the identity, the model at 0
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+                if "adaln" in name or name == "final_linear":  # blocks start as the identity, the model at 0
                     nn.init.zeros_(module.weight)
-        nn.init.normal_(self.label.weight, std=0.02)
+        nn.init.normal_(self.y_embed.weight, std=0.02)
 
     def forward(self, x, t, y):
-        c = F.silu(self.time(common.time_embedding(t, self.time_dim)) + self.label(y))
-        h = self.embed(patchify(x, self.patch)).float()  # the residual stream is float32
-        modulation = self.modulation(c)
+        # One-hot, not nn.Embedding: a lookup's gradient is summed in no fixed order when compiled.
+        y = F.one_hot(y, self.y_embed.in_features).float()
+        c = F.silu(self.t_embed(common.time_embedding(t, self.t_dim)) + self.y_embed(y))
+        h, args = self.patch_embed(patchify(x, self.patch)), (self.adaln(c), self.cos, self.sin)
         for block in self.blocks:
-            args = h, modulation, self.cos, self.sin
             recompute = self.grad_checkpoint and self.training
-            h = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
-        shift, scale = self.final_modulation(c)[:, None].chunk(2, dim=-1)
-        return unpatchify(self.unembed(self.norm(h) * (1 + scale) + shift), self.patch)
+            h = checkpoint(block, h, *args, use_reentrant=False) if recompute else block(h, *args)
+        shift, scale = self.final_adaln(c)[:, None].chunk(2, dim=-1)
+        return unpatchify(self.final_linear(self.norm(h) * (1 + scale) + shift), self.patch)
 
 
 def build_model(cfg):
@@ -551,16 +525,16 @@ def coefficients(t, cfg):
     return (alpha, sigma, 1, 1) if cfg.method == "rf" else (alpha, sigma, alpha, sigma)
 
 
-def draw_times(u, cfg):
-    """u [B], uniform in [0, 1) -> times [B] in (0, 1) of the density that --t-sampling names.
+def sample_t(u, cfg):
+    """u [B], uniform in [0, 1) -> training times [B] in (0, 1), distributed as --t-sampling says.
 
-    Stratified: time i of the batch lies in the i-th of B equal shares, so that a step sees all times evenly
-    and its gradient varies less (Kingma et al. 2021, arXiv:2107.00630, sec. I.1).
+    Stratified: time i lies in the i-th of B equal parts, so that every batch covers all times and the
+    gradient varies less (Kingma et al. 2021, arXiv:2107.00630, sec. I.1).
     """
     t = ((torch.arange(len(u), device=u.device) + u) / len(u)).clamp(1e-5, 1 - 1e-5)
     if cfg.t_sampling == "logit-normal":  # Esser et al. 2024, eq. 19, with location 0 and scale 1
         t = torch.sigmoid(torch.special.ndtri(t))
-    return cfg.shift * t / (1 + (cfg.shift - 1) * t)  # ibid., eq. 23: shift > 1 towards noise
+    return cfg.shift * t / (1 + (cfg.shift - 1) * t)  # eq. 23: shift > 1 towards noise
 
 
 def loss_per_sample(model, x0, y, t, eps, cfg):
@@ -570,18 +544,28 @@ def loss_per_sample(model, x0, y, t, eps, cfg):
     return (v - (a * eps - b * x0)).square().mean((1, 2, 3))
 
 
-def predict(model, x, t, y, cfg, guidance=1.0):
-    """What the network says at x [B, c, h, w], t [B], for classes y [B], as (x0, eps).
+def null(y, cfg):
+    """y without its condition: the null class."""
+    return torch.full_like(y, len(cfg.classes))
 
-    Guidance (Ho & Salimans 2022, eq. 6; here w = 1 is off) takes one call, batched with the null class.
+
+def conditions(names, cfg):
+    """Names or numbers of classes -> y int64 [len(names)]; no names: each class once. Raises UserError."""
+    return common.class_indices(names, cfg.classes)
+
+
+def predict(model, x, t, y, cfg, guidance=1.0, s=None):
+    """The network's estimate at x [B, c, h, w], t [B] as (x0, eps).
+
+    Guidance (Ho & Salimans 2022, eq. 6, with w = 1 meaning off) is one call on a doubled batch. s, the time
+    that the step goes to, is for flow maps.
     """
-    null = torch.full_like(y, cfg.num_classes)
-    if cfg.class_dropout == 1:  # trained unconditionally: the labels mean nothing
-        y, guidance = null, 1.0
+    if cfg.class_dropout == 1:  # unconditional
+        y, guidance = null(y, cfg), 1.0
     if guidance == 1:
         v = model(x, t, y).to(x.dtype)
     else:
-        both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).to(x.dtype)
+        both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null(y, cfg)])).to(x.dtype)
         cond, uncond = both.chunk(2)
         v = uncond + guidance * (cond - uncond)
     alpha, sigma, a, b = coefficients(t, cfg)
@@ -597,47 +581,51 @@ def sample_shape(cfg):
 
 
 @torch.no_grad()
-def sample(model, x, y, cfg, frames=12):
-    """DDIM (Song et al. 2021, eq. 12) from noise x [N, c, h, w] at t = 1 to latents, in equal steps.
+def sample(model, x, y, cfg, noise=None, frames=12):
+    """DDIM (Song et al. 2021, eq. 12), on the straight path Euler's method, from standard normal noise
+    x [N, c, h, w] at t = 1 to latents at t = 0, in equal steps.
 
-    On the straight path it is Euler's method. y int64 [N]. Returns (latents, history: a list of about
-    `frames` estimates of x0); decode() makes images of them.
+    Returns (latents [N, c, h, w], trajectory: a list of about `frames` estimates of x0).
     """
-    steps, history = cfg.sampling_steps, []
+    steps, trajectory, (low, high) = cfg.sampling_steps, [], cfg.guidance_interval
+    x = x * math.hypot(*(float(c) for c in path(torch.tensor(1.0), cfg)))  # the path's own noise
     for i in range(steps):
         t, s = (torch.full((len(x),), 1 - k / steps, device=x.device) for k in (i, i + 1))
-        low, high = cfg.guidance_interval  # Kynkaanniemi et al. 2024, arXiv:2404.07724
-        guidance = cfg.guidance if low <= 1 - i / steps <= high else 1.0
-        x0, eps = predict(model, x, t, y, cfg, guidance)
+        w = (
+            cfg.guidance if low <= 1 - i / steps <= high else 1.0
+        )  # Kynkaanniemi et al. 2024, arXiv:2404.07724
+        x0, eps = predict(model, x, t, y, cfg, w, s)
         alpha, sigma = (c.view(-1, 1, 1, 1) for c in path(s, cfg))
         x = alpha * x0 + sigma * eps
         if i * frames // steps != (i - 1) * frames // steps or i == steps - 1:
-            history.append(x0)
+            trajectory.append(x0)
     common.check_finite(x)
-    return x, history
+    return x, trajectory
 
 
-def sample_classes(model, cfg, device):
-    """cfg.num_samples latents, classes in turn; every process draws them all, the first writes them."""
-    y = torch.arange(cfg.num_samples, device=device) % cfg.num_classes
-    generator = torch.Generator(device).manual_seed(seed_of(cfg.seed, "sample"))
-    x = torch.randn(len(y), *sample_shape(cfg), generator=generator, device=device)
-    return sample(model, x, y, cfg)
+def sample_grid(model, cfg, device):
+    """cfg.num_samples images of all conditions in turn -> (images in [-1, 1], trajectory of images)."""
+    y = conditions([], cfg).to(device)
+    y = y[torch.arange(cfg.num_samples, device=device) % len(y)]
+    generator = torch.Generator(device).manual_seed(derive_seed(cfg.seed, "sample"))
+    noise = functools.partial(torch.randn, len(y), *sample_shape(cfg), generator=generator, device=device)
+    x, trajectory = sample(model, noise(), y, cfg, noise)
+    return decode(x, cfg), [decode(v[:50], cfg) for v in trajectory]
 
 
 # ------------------------------------------------------------------------------------------------
-# Optimizer: Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices of blocks, else AdamW
+# Optimizer: Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) inside blocks, AdamW for the rest
 
 
-def orthogonal(g):
-    """[n, rows, columns] -> about U V^T of each matrix U S V^T, by three steps of Newton-Schulz's kind.
+def newton_schulz(g):
+    """[n, rows, columns] -> approximately U V^T of each matrix U S V^T, in three steps.
 
-    Each applies a polynomial of degree 5 to the singular values, the best one for where the last has left
-    them (Amsel et al. 2025, arXiv:2505.16932): those of 0.01 to 1 end between 0.71 and 1.27. A step takes x
-    to p x, and s = x x^T to p s p; x, which has the longer side, waits for the end.
+    Each step applies a polynomial of degree 5 to the singular values, optimal for the range that the last
+    step left (Amsel et al. 2025, arXiv:2505.16932): 0.01 to 1 end between 0.71 and 1.27. A step maps x to
+    p x, and s = x x^T to p s p, so the product with x, which has the longer side, is left to the end.
     """
     x = g if g.shape[1] <= g.shape[2] else g.mT
-    x = x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # below 1, after rounding too
+    x = x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # norms below 1, even after rounding
     s, eye = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     p1 = 8.0934 * eye - 23.6206 * s + 17.4463 * s @ s
     s = p1 @ s @ p1
@@ -649,10 +637,10 @@ def orthogonal(g):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but in groups with `momentum` the update of a matrix is its momentum, made orthogonal.
+    """AdamW, except that groups with `momentum` are updated by their momentum, orthogonalized.
 
-    Matrices of one shape are stacked into one tensor; the state of the first holds the momentum of all.
-    A step for which `found_inf` is 1 changes nothing, as in the fused AdamW, and does not ask the device.
+    Matrices of equal shape are stacked; the state of the first holds the momentum of all. A step for which
+    `found_inf` is 1 changes nothing, as in fused AdamW, and does not wait for the device.
     """
 
     @torch.no_grad()
@@ -667,27 +655,29 @@ class Muon(torch.optim.AdamW):
                 if not state:  # "step" because AdamW reads it when it loads
                     state |= {"momentum": torch.zeros_like(g), "step": torch.zeros(())}
                 m = state["momentum"].lerp(g, 1 - beta)
-                update = orthogonal(g.lerp(m, beta).to(self.dtype)).to(g.dtype)  # with Nesterov's momentum
+                update = newton_schulz(g.lerp(m, beta).to(self.dtype)).to(g.dtype)  # Nesterov momentum
                 update *= max(1, rows / columns) ** 0.5  # one learning rate for all shapes
                 if group["weight_decay"]:
                     update += group["weight_decay"] * torch.stack(params)
                 state["momentum"] = torch.where(skip, state["momentum"], m)
                 torch._foreach_add_(params, list(torch.where(skip, 0.0, update)), alpha=-group["lr"])
             for p in group["params"]:
-                p.grad = None  # done: AdamW leaves alone what has no gradient
+                p.grad = None  # AdamW skips parameters without gradient
         super().step()
 
 
 def make_optimizer(model, cfg, dtype):
-    """Groups for Muon and for AdamW with and without decay; `peak` is a group's learning rate after the
-    warm-up. dtype is that of orthogonal(), which need not be exact."""
-    hidden = [p for p in model.blocks.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if all(p is not q for q in hidden)]  # == would compare numbers
+    """Groups for Muon, and for AdamW with and without weight decay. dtype is that of newton_schulz()."""
+    named = dict(model.named_parameters())
+    muon = {n for n, p in named.items() if "blocks." in n and p.ndim == 2}
+    require(muon, "Muon finds no matrix named blocks.*; rename the model's blocks, or use AdamW")
+    rest = [p for n, p in named.items() if n not in muon]
     groups = [
-        {"params": hidden, "peak": cfg.muon_lr, "momentum": 0.95},
-        {"params": [p for p in rest if p.ndim > 1], "peak": cfg.lr},
-        {"params": [p for p in rest if p.ndim < 2], "peak": cfg.lr, "weight_decay": 0.0},
+        {"params": [named[n] for n in named if n in muon], "base_lr": cfg.muon_lr, "momentum": 0.95},
+        {"params": [p for p in rest if p.ndim > 1], "base_lr": cfg.lr},
+        {"params": [p for p in rest if p.ndim < 2], "base_lr": cfg.lr, "weight_decay": 0.0},
     ]
+    groups = [g for g in groups if g["params"]]
     optimizer = Muon(groups, cfg.lr, (0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
     optimizer.dtype = dtype
     return optimizer
@@ -698,167 +688,153 @@ def make_optimizer(model, cfg, dtype):
 
 
 @torch.no_grad()
-def evaluate(model, stored, labels, cfg, device, rank, world):
-    """-> (losses, times [n]) of held-out latents: noise and even times are the same at every call."""
-    n, generator = len(labels), torch.Generator().manual_seed(seed_of("evaluate"))
+def evaluate(model, chunks, labels, cfg, device, rank, world):
+    """(losses, times [n]) of held-out latents. The noise and the evenly spaced times are always the same."""
+    n, generator = len(labels), torch.Generator().manual_seed(derive_seed("evaluate"))
     t = (torch.randperm(n, generator=generator) + 0.5) / n
-    eps, fresh = torch.randn(2, n, *cfg.shape, generator=generator)
-    losses = torch.zeros(n, device=device)  # those of the other processes stay 0
+    eps, noise = torch.randn(2, n, *cfg.shape, generator=generator)
+    losses = torch.zeros(n, device=device)  # other ranks' losses stay 0
     for i in range(rank, n, 256 * world):
-        rows = torch.arange(i, min(i + 256 * world, n), world)
-        mean, std = torch.from_numpy(stored[rows, 0]).float().unbind(1)
-        x0 = mean + std * fresh[rows] * (cfg.latent_mode == "sample")
-        y = torch.full_like(labels[rows], cfg.num_classes) if cfg.class_dropout == 1 else labels[rows]
-        batch = (v.to(device) for v in (x0, y, t[rows], eps[rows]))
-        losses[rows] = loss_per_sample(model, *batch, cfg)
+        part = torch.arange(i, min(i + 256 * world, n), world)
+        x0 = draw(torch.from_numpy(chunks[0][part, 0]), noise[part])  # an evaluation set is one chunk
+        y = null(labels[part], cfg) if cfg.class_dropout == 1 else labels[part]
+        losses[part] = loss_per_sample(model, *(v.to(device) for v in (x0, y, t[part], eps[part])), cfg)
     return losses, t
 
 
-def reconstruct(run, data, vae, cfg, device):
-    """samples/reconstruction.png: rows of training images, each above what the VAE makes of it."""
-    x, _ = next(common.read_batches(data.images, [list(range(min(50, len(data.labels))))]))
-    x = x.float() / 127.5 - 1
-    back = torch.cat([decode(encode(vae, v)[0], cfg) for v in x.to(device).split(at_a_time(cfg))]).cpu()
-    rows = [v for pair in zip(x.split(10), back.split(10), strict=True) for v in pair]
-    with common.harmless("the reconstruction"):
-        run.pictures("reconstruction", torch.cat(rows))
-    psnr = 10 * math.log10(4 / (back - x).square().mean().item())
-    common.say(f"vae     reconstructs {len(x)} training images with a PSNR of {psnr:.1f} dB")
+def reconstruct(data, vae, cfg, device):
+    """Rows of training images, each above its reconstruction by the VAE [N, C, H, W]; prints their PSNR."""
+    x = common.images_at(data.images, range(min(50, len(data.labels)))).float() / 127.5 - 1
+    recon = torch.cat([decode(encode(vae, v)[0], cfg) for v in x.to(device).split(vae_batch_size(cfg))]).cpu()
+    psnr = 10 * math.log10(4 / (recon - x).square().mean().item())
+    common.print0(f"vae     reconstructs {len(x)} training images with a PSNR of {psnr:.1f} dB")
+    return torch.cat([v for pair in zip(x.split(10), recon.split(10), strict=True) for v in pair])
 
 
 def train(cfg):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = common.pick_device(cfg.device)
-    clock = common.Clock(device)
+    device = common.get_device(cfg.device)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=2))  # encoding is waited for
-    fast = common.device_facts(device)[1]
-    dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if fast else "float32")
-    torch.set_float32_matmul_precision("high")
-    cfg, data, held_out, vae = prepare(cfg, device, rank, world)
-    few = common.evaluation_set(held_out)
-    latents = Latents(encoded(data, vae, cfg, "train", device, rank, world), data, cfg, device, rank, world)
-    stored_held_out = encoded(few, vae, cfg, "test", device, rank, world)
+        dist.init_process_group(backend, timeout=timedelta(days=2))  # ranks wait for each other to encode
+    run, timer = common.Run(cfg, __file__, rank), common.Timer(device)
 
-    torch.manual_seed(seed_of(cfg.seed, "init"))
-    model = build_model(cfg).to(device)  # plain: counted, averaged, saved, sampled
+    # Data
+    torch.set_float32_matmul_precision("high")
+    cfg, data, held_out, vae = load_data_and_vae(cfg, device, rank, world)
+    few = common.evaluation_set(held_out)
+    held_out_latents = encode_dataset(few, vae, cfg, "test", device, rank, world)
+    latents = encode_dataset(data, vae, cfg, "train", device, rank, world)
+    latents = Latents(latents, data, cfg, device, rank, world)
+    timer.lap("load")
+
+    # Model: the plain one is averaged, saved and sampled
+    bf16 = common.supports_bf16(device)
+    dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if bf16 else "float32")
+    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    torch.manual_seed(derive_seed(cfg.seed, "init"))
+    model = build_model(cfg).to(device)
     ema = common.EMA(model, cfg.ema_decay)
-    optimizer = make_optimizer(model, cfg, torch.bfloat16 if fast else torch.float32)
+    optimizer = make_optimizer(model, cfg, torch.bfloat16 if bf16 else torch.float32)
     owned = sorted(id(p) for g in optimizer.param_groups for p in g["params"])
     assert owned == sorted(map(id, model.parameters())), "a parameter is in no optimizer group, or in two"
-
-    run = common.Run(cfg, __file__, cfg.method, "latentdit", rank)
-    run.restore(model, ema, optimizer, clock)
-    shape = "x".join(map(str, cfg.shape))
-    run.describe(device, data, held_out, model, dtype=str(dtype)[6:], processes=world, latents=shape)
-    if rank == 0 and run.first == 0:
+    run.restore(model, ema, optimizer, timer)
+    more = {"dtype": str(dtype)[6:], "processes": world, "latents": "x".join(map(str, cfg.shape))}
+    run.write_config(cfg, f"{cfg.method}_{BACKBONE}", device, data, held_out, model, **more)
+    if rank == 0 and run.step == 0:
         if cfg.vae == "train":
             shutil.copytree(cfg.vae_path, run.dir / "code" / "vae", dirs_exist_ok=True)
-        reconstruct(run, data, vae, cfg, device)
-    clock.lap("prepare")
+        with common.warn_on_os_error("the reconstruction"):
+            common.save_images(run.dir / "samples" / "reconstruction", reconstruct(data, vae, cfg, device))
 
-    def micro_batches(step):
-        """[(x0, y, t, eps), ...] of this rank. Noise and times are drawn for the whole batch, from (seed,
-        step), so that neither resuming nor the number of processes changes them."""
-        mean, std, y = latents(step)
-        generator = torch.Generator(device).manual_seed(seed_of(cfg.seed, "noise", step))
+    def get_batch(step):
+        """This rank's micro-batches [(x0, y, t, eps), ...]. Noise and times are drawn for the global batch
+        from (seed, step), so they depend neither on resuming nor on the number of processes."""
+        generator = torch.Generator(device).manual_seed(derive_seed(cfg.seed, "noise", step))
         noise = torch.randn(2, cfg.bs, *cfg.shape, generator=generator, device=device)
-        eps, fresh = noise[:, latents.rank_slice]
-        x0 = mean + std * fresh if cfg.latent_mode == "sample" else mean
+        x0, y = latents(step, noise[1])
+        eps = noise[0, latents.rank_slice]
         u = torch.rand(2, cfg.bs, generator=generator, device=device)
-        t = draw_times(u[0], cfg)[latents.rank_slice]
-        y = torch.where(u[1, latents.rank_slice] < cfg.class_dropout, cfg.num_classes, y)
-        torch.manual_seed(seed_of(cfg.seed, "dropout", step, rank))  # of what a fork draws by itself
+        t = sample_t(u[0], cfg)[latents.rank_slice]
+        drop = (u[1] < cfg.class_dropout)[latents.rank_slice]
+        y = torch.where(drop.view(-1, *[1] * (y.ndim - 1)), null(y, cfg), y)
+        torch.manual_seed(derive_seed(cfg.seed, "dropout", step, rank))  # of all other random numbers
         return list(zip(*(v.chunk(cfg.grad_accum) for v in (x0, y, t, eps)), strict=True))
 
-    def backward(net, x0, y, t, eps):
-        """Adds the gradient of a micro-batch's part of the loss to the parameters; returns that part."""
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = loss_per_sample(net, x0, y, t, eps, cfg).mean() / cfg.grad_accum
-        loss.backward()
-        return loss.detach()
-
-    # A bug in evaluating or sampling shows now, not after hours.
-    evaluate(ema.model, stored_held_out, few.labels[:8], cfg, device, rank, world)
-    with common.harmless("a trial picture"):
-        decode(sample_classes(ema.model, replace(cfg, num_samples=2, sampling_steps=1), device)[0], cfg)
-
-    step, first, seconds = run.step, run.step, clock.seconds["train"]
-    net = common.compiled(model, lambda net: backward(net, *micro_batches(step)[0]), cfg, device)
+    # Errors in evaluation and sampling show now and not after hours; the first pass compiles.
+    evaluate(ema.model, held_out_latents, few.labels[:8], cfg, device, rank, world)
+    with common.warn_on_os_error("a trial picture"):
+        sample_grid(ema.model, replace(cfg, num_samples=2, sampling_steps=1), device)
+    long_run = cfg.steps >= 500 and not 0 < cfg.minutes < 1
+    common.compile_blocks(model, r"blocks\.\d+", cfg, long_run)
+    with autocast():
+        loss_per_sample(model, *get_batch(run.step)[0], cfg).mean().backward()
     model.zero_grad()
-    net = nn.parallel.DistributedDataParallel(net) if world > 1 else net
-    clock.lap("compile")
+    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    timer.lap("startup")
 
-    def done():  # the larger share of the two budgets, in [0, 1]
+    step, start_step, seconds, stopping = run.step, run.step, timer.seconds["train"], False
+
+    def progress():
+        """Fraction of the run completed: of its steps or its minutes, whichever is larger."""
         return min(1.0, max(step / cfg.steps, seconds / (60 * cfg.minutes) if cfg.minutes else 0.0))
 
     def due(every):
-        return every > 0 and (step % every == 0 or done() >= 1)
+        return every > 0 and (step % every == 0 or done == 1)
 
-    stop = False
-    while done() < 1 and not stop:
-        pace = min(1.0, (step + 1) / (cfg.warmup + 1)) * (1 - done())
+    done = progress()
+    while done < 1 and not stopping:
+        lr_scale = min(1.0, (step + 1) / (cfg.warmup + 1)) * (1 - done)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * pace
+            group["lr"] = group["base_lr"] * lr_scale
+
         loss = torch.zeros((), device=device)
-        for i, part in enumerate(micro_batches(step)):
-            if world > 1:  # processes exchange gradients once, in the last
+        for i, batch in enumerate(get_batch(step)):
+            if world > 1:  # ranks exchange gradients once per step, after the last micro-batch
                 net.require_backward_grad_sync = i == cfg.grad_accum - 1
-            loss += backward(net, *part)
-        if step == first and (dead := [n for n, p in model.named_parameters() if p.grad is None]):
+            with autocast():
+                part = loss_per_sample(net, *batch, cfg).mean() / cfg.grad_accum
+            part.backward()
+            loss += part.detach()
+        if step == start_step and (dead := [n for n, p in model.named_parameters() if p.grad is None]):
             raise RuntimeError(f"no gradient reaches {', '.join(dead[:3])}; is the module used in forward()?")
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         if world > 1:
             dist.all_reduce(loss)
             loss /= world
+
+        # A step that is not finite is never applied. Fused optimizers skip it without waiting for the device.
         finite = loss.isfinite() & grad_norm.isfinite()
-        if getattr(optimizer, "_step_supports_amp_scaling", False):  # fused: skips by itself, without waiting
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.found_inf = (~finite).float()
             optimizer.step()
-        elif finite:  # waits for the device
+        elif finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step, (stop, seconds) = step + 1, run.agree(clock.training())
+        step += 1
         ema.update(model, step)
-        run.record(step, loss=loss, grad_norm=grad_norm, lr=cfg.lr * pace, seconds=seconds)
 
-        save = stop or done() >= 1 or due(cfg.save_every)
-        if save or due(cfg.log_every) or due(cfg.eval_every):
-            run.flush(done())
+        stopping, seconds = run.sync(timer.training())
+        done = progress()
+        run.log(step, loss=loss, grad_norm=grad_norm, lr=cfg.lr * lr_scale, seconds=seconds)
+        save = stopping or due(cfg.save_every) or done == 1
+        if save or due(cfg.log_every) or due(cfg.eval_every) or step == start_step + 1:
+            run.flush(done)
         if due(cfg.eval_every):
-            with clock.apart("evaluate"):
-                found = evaluate(ema.model, stored_held_out, few.labels, cfg, device, rank, world)
-                run.validate(step, *found)
+            with timer.section("evaluate"):
+                losses, t = evaluate(ema.model, held_out_latents, few.labels, cfg, device, rank, world)
+                run.validate(step, losses, t)
         if save:
-            with clock.apart("save"):
+            with timer.section("save"):
                 run.save(model, ema, optimizer, seconds)
         if due(cfg.sample_every):
-            with clock.apart("sample"), common.harmless("the pictures"):
-                z, history = sample_classes(ema.model, cfg, device)
+            with timer.section("sample"), common.warn_on_os_error("the pictures"):
+                grid = sample_grid(ema.model, cfg, device)
                 if rank == 0:
-                    rgb = z[:, : 3 if z.shape[1] > 2 else 1] / 3  # three deviations either way
-                    run.pictures(f"step_{step:08d}_latents", rgb)
-                    run.pictures(f"step_{step:08d}", decode(z, cfg), [decode(h[:50], cfg) for h in history])
-    run.close(clock, finished=done() >= 1)
-
-
-def sample_run(cfg):
-    """--sample RUN: a grid and a GIF from the averaged weights of the newest checkpoint."""
-    check(cfg)
-    device, run = common.pick_device(cfg.device), common.find_run(cfg.sample)
-    state = common.newest_checkpoint(cfg.sample)
-    if (run / "code" / "vae").exists():
-        cfg = replace(cfg, vae_path=str(run / "code" / "vae"))
-    model = build_model(cfg).to(device).eval()
-    model.load_state_dict(state["ema"])
-    z, history = sample_classes(model, cfg, device)
-    path = run / "samples" / f"step_{state['step']:08d}_{cfg.sampling_steps}_w{cfg.guidance:g}_seed{cfg.seed}"
-    common.save_pictures(path, decode(z, cfg), [decode(h[:50], cfg) for h in history])
-    print(f"wrote {path}.png and .gif")
+                    common.save_images(run.dir / "samples" / f"step_{step:08d}", *grid)
+    run.finish(timer, done)
 
 
 if __name__ == "__main__":
-    with common.one_line_errors():
-        cfg = common.parse(Config, __doc__)
-        sample_run(cfg) if cfg.sample else train(cfg)
+    with common.exit_on_user_error():
+        train(common.parse(Config, __doc__))

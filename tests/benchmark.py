@@ -1,10 +1,10 @@
-"""Times training steps of the scripts beside those of their peers: same shapes, same batch, one process.
+"""Times training steps of the scripts beside those of other code: same shapes, same batch, one process.
 
-Every step is a whole one: fetch a batch, forward, backward, optimizer, average the weights. Contenders take
-turns, round by round, so that a busy machine is busy for all; a line is the median over the rounds and, in
-brackets, their range. Three peers:
+Every step is a whole one: fetch a batch, forward, backward, optimizer, average the weights. The models
+take turns, round by round, so that a busy machine is busy for all; a line is the median over the rounds and,
+in brackets, their range. Three comparisons:
 
-    public       a plain PyTorch DiT step as public repositories write it: DataLoader with workers and
+    plain_dit    a DiT and a training step as public repositories write them: DataLoader with workers and
                  transforms, sinusoidal positions, a modulation layer in each block, AdamW as it comes, the
                  average of the weights in a Python loop, loss.item() every step
     diffusers    its DiTTransformer2DModel, and its UNet2DModel with the channels of ours, AdamW and EMAModel
@@ -12,7 +12,8 @@ brackets, their range. Three peers:
 
 FLOP are those of the model's products, three forward passes a step; "of-peak" is their share of the matmul
 rate in the same precision (which convolutions may pass, as there are ways with fewer). Memory is the peak
-during a step over what was held before it. On a CPU freed memory is kept (common.keep_memory) for all.
+during a step over what was held before it. On a CPU freed memory is kept (common.keep_freed_memory) for all.
+"compiled": the scripts' DiTs block by block, as they are trained, and all other models as a whole.
 
     python tests/benchmark.py                     DiT-S/2 on 32x32x3 at 32 images, UNet on 28x28 at 48
     python tests/benchmark.py --only dit --dim 768 --heads 12 --bs 128
@@ -42,7 +43,7 @@ import common  # noqa: E402
 import ddpm_unet_mnist as ddpm  # noqa: E402
 import latent_dit_sdvae as ld  # noqa: E402
 import rf_dit_cifar as rf  # noqa: E402
-from common import UserError, say  # noqa: E402
+from common import print0, require  # noqa: E402
 
 
 @dataclass
@@ -54,19 +55,19 @@ class Config:
     patch: int = 2  # of the DiT
     bs: int = 32  # images a step of the DiT
     unet_bs: int = 48  # images a step of the UNet
-    rounds: int = 5  # turns of each contender
+    rounds: int = 5  # turns of each model
     out: str = ""  # file for the numbers, as JSON
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = the fastest there is
 
 
 def settings(device):
     """{name: (precision, compiled)}: as public scripts are run, and the best that this device can do."""
-    fast = "bfloat16" if common.device_facts(device)[1] else "float32"
+    fast = "bfloat16" if common.supports_bf16(device) else "float32"
     return {"float32, eager": (torch.float32, False), f"{fast}, compiled": (getattr(torch, fast), True)}
 
 
 # ------------------------------------------------------------------------------------------------
-# Contenders: generators that take one training step at each next() and yield its loss, a tensor or a number
+# Models: generators that take one training step at each next() and yield its loss, a tensor or a number
 
 
 def ours(script, cfg, device, dtype, use_compile):
@@ -74,28 +75,30 @@ def ours(script, cfg, device, dtype, use_compile):
     model = script.build_model(cfg).to(device, memory_format=torch.channels_last)
 
     def steps():
-        ema, net = common.EMA(model, cfg.ema_decay), torch.compile(model) if use_compile else model
+        ema = common.EMA(model, cfg.ema_decay)
+        for module in (getattr(model, "blocks", [model])) if use_compile else []:
+            module.compile()
         if script is ddpm:
             optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.99), weight_decay=0, fused=True)
         else:
-            fast = torch.bfloat16 if common.device_facts(device)[1] else torch.float32
+            fast = torch.bfloat16 if common.supports_bf16(device) else torch.float32
             optimizer = script.make_optimizer(model, cfg, fast)
         data = random_images(cfg)
         if script is ld:
             stored = torch.randn(len(data.labels), 1, 2, *cfg.shape).half().numpy()
-            batches = ld.Latents(stored, data.labels, cfg, device, 0, 1)
+            chunks = [stored[i : i + ld.CHUNK] for i in range(0, len(stored), ld.CHUNK)]
+            batches = ld.Latents(chunks, data, cfg, device)
         else:
             batches = common.Batches(data, cfg.bs, 0, device, flip=True)
         for step in itertools.count():
-            *x0, y = batches(step)
-            x0 = x0[0] + x0[1] * torch.randn_like(x0[1]) if script is ld else x0[0]
-            noise = torch.Generator(device).manual_seed(step)
-            eps = torch.randn(x0.shape, generator=noise, device=device)
-            u = torch.rand(2, cfg.bs, generator=noise, device=device)
-            t = (u[0] * 1000).floor().add(1) / 1000 if script is ddpm else script.draw_times(u[0], cfg)
-            y = torch.where(u[1] < cfg.class_dropout, cfg.num_classes, y)
+            generator = torch.Generator(device).manual_seed(step)
+            eps, noise = torch.randn(2, cfg.bs, *cfg.shape, generator=generator, device=device)
+            x0, y = batches(step, noise) if script is ld else batches(step)
+            u = torch.rand(2, cfg.bs, generator=generator, device=device)
+            t = (u[0] * 1000).floor().add(1) / 1000 if script is ddpm else script.sample_t(u[0], cfg)
+            y = torch.where(u[1] < cfg.class_dropout, script.null(y, cfg), y)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = script.loss_per_sample(net, x0, y, t, eps, cfg).mean()
+                loss = script.loss_per_sample(model, x0, y, t, eps, cfg).mean()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
             optimizer.found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()
@@ -171,7 +174,7 @@ def ema_of_diffusers(model):
     return lambda: average.step(model.parameters())
 
 
-class PublicBlock(nn.Module):
+class PlainBlock(nn.Module):
     """A transformer block with LayerNorm and its own modulation layer."""
 
     def __init__(self, dim, heads):
@@ -192,17 +195,19 @@ class PublicBlock(nn.Module):
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
-class PublicDiT(nn.Module):
+class PlainDiT(nn.Module):
     """The DiT of Peebles & Xie 2022, plainly."""
 
     def __init__(self, cfg):
         super().__init__()
         self.patch, side = cfg.patch, cfg.shape[-1] // cfg.patch
         self.embed = nn.Conv2d(cfg.shape[0], cfg.dim, cfg.patch, stride=cfg.patch)
-        self.register_buffer("positions", rf.sincos_table(side, cfg.dim))
+        rows, columns = (i.flatten() / 1000 for i in torch.meshgrid(*[torch.arange(side)] * 2, indexing="ij"))
+        halves = [common.time_embedding(v, cfg.dim // 2) for v in (rows, columns)]
+        self.register_buffer("positions", torch.cat(halves, dim=1))
         self.time = nn.Sequential(nn.Linear(256, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim))
-        self.label = nn.Embedding(cfg.num_classes + 1, cfg.dim)
-        self.blocks = nn.ModuleList(PublicBlock(cfg.dim, cfg.heads) for _ in range(cfg.depth))
+        self.label = nn.Embedding(len(cfg.classes) + 1, cfg.dim)
+        self.blocks = nn.ModuleList(PlainBlock(cfg.dim, cfg.heads) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.dim, 1e-6, elementwise_affine=False)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 2 * cfg.dim))
         self.out = nn.Linear(cfg.dim, cfg.patch**2 * cfg.shape[0])
@@ -220,16 +225,16 @@ def random_images(cfg):
     """A hundred batches; what is in them does not change a step's time."""
     g, n = torch.Generator().manual_seed(0), 100 * cfg.bs
     images = torch.randint(0, 256, (n, *cfg.shape), generator=g, dtype=torch.uint8)
-    labels = torch.randint(0, cfg.num_classes, (n,), generator=g)
-    return common.Dataset("random", images, labels, [str(c) for c in range(cfg.num_classes)])
+    labels = torch.randint(0, len(cfg.classes), (n,), generator=g)
+    return common.Dataset("random", images, labels, [str(c) for c in range(len(cfg.classes))])
 
 
-def dit_contenders(flags, device):
-    """{name: (dtype, function that returns (model, steps))}; the first is the one that others are held to."""
+def dit_models(flags, device):
+    """{name: (dtype, function that returns (model, steps))}; others are compared with the first."""
     from diffusers import DiTTransformer2DModel
 
     cfg = rf.Config(dim=flags.dim, depth=flags.depth, heads=flags.heads, patch=flags.patch, bs=flags.bs)
-    plain = replace(cfg, optimizer="adamw", positions="sincos", adaln="block")
+    adamw = replace(cfg, optimizer="adamw")
     rf.check(cfg)
 
     def diffusers_dit():
@@ -249,8 +254,8 @@ def dit_contenders(flags, device):
         end = (cfg, device, *how, ema_in_python)
         found |= {
             f"ours, {name}": (how[0], lambda s=how: ours(rf, cfg, device, *s)),
-            f"ours plain, {name}": (how[0], lambda s=how: ours(rf, plain, device, *s)),
-            f"public, {name}": (how[0], lambda e=end: theirs(PublicDiT(cfg), call, *e)),
+            f"ours adamw, {name}": (how[0], lambda s=how: ours(rf, adamw, device, *s)),
+            f"plain_dit, {name}": (how[0], lambda e=end: theirs(PlainDiT(cfg), call, *e)),
             f"diffusers, {name}": (
                 how[0],
                 lambda e=end: theirs(diffusers_dit(), call_diffusers, *e[:-1], ema_of_diffusers),
@@ -259,7 +264,7 @@ def dit_contenders(flags, device):
     return found, cfg, {"call": call, "call_diffusers": call_diffusers}
 
 
-def unet_contenders(flags, device):
+def unet_models(flags, device):
     from diffusers import UNet2DModel
 
     cfg = ddpm.Config(bs=flags.unet_bs)
@@ -287,7 +292,7 @@ def unet_contenders(flags, device):
     return found, cfg, {"call": lambda net, x, t, y: net(x, t, y), "call_diffusers": call_diffusers}
 
 
-def latent_contenders(flags, device):
+def latent_models(flags, device):
     """The same blocks on the 49 latents of an image of 28x28 and on the 196 squares of its pixels."""
     common_flags = {"dim": 128, "depth": 6, "heads": 4, "bs": flags.bs}
     latent = ld.Config(**common_flags, patch=1, shape=(4, 7, 7))
@@ -315,7 +320,7 @@ def flops(model, call, cfg):
 def matmul_rate(device, dtype):
     """FLOP/s of the product of two large square matrices, the best of a few: what this device can reach."""
     # Without hardware for it, bfloat16 is a hundred times slower at any size: a small product tells as much.
-    emulated = dtype == torch.bfloat16 and not common.device_facts(device)[1]
+    emulated = dtype == torch.bfloat16 and not common.supports_bf16(device)
     n, best = 8192 if device.type == "cuda" else 256 if emulated else 2048, math.inf
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     for _ in range(10):
@@ -356,10 +361,10 @@ class Memory:
         return max(0, now - self.before)
 
 
-def measure(contenders, cfg, calls, flags, device):
-    """-> [a dict of numbers for each contender], after `rounds` rounds in which each has a turn."""
+def measure(models, cfg, calls, flags, device):
+    """-> [a dict of numbers for each model], after `rounds` rounds in which each has a turn."""
     running, rows, peaks = {}, [], {dtype: [] for dtype, _ in settings(device).values()}
-    for name, (dtype, make) in contenders.items():
+    for name, (dtype, make) in models.items():
         try:
             torch.manual_seed(0)
             model, steps = make()
@@ -378,10 +383,10 @@ def measure(contenders, cfg, calls, flags, device):
                 "count": count,
                 "ms": [],
             }
-        except Exception as e:  # a peer that does not compile here is no reason to stop
-            say(f"{name}: failed ({common.why(e)})")
+        except Exception as e:  # other code that does not compile here is no reason to stop
+            print0(f"{name}: failed ({common.first_line(e)})")
             continue
-        say(f"{name}: ready")
+        print0(f"{name}: ready")
         give_back()
     for turn in range(2 + flags.rounds):
         for kind, rates in peaks.items():
@@ -406,7 +411,7 @@ def measure(contenders, cfg, calls, flags, device):
         keep = {k: row[k] for k in ("name", "parameters", "loss", "memory")}
         rows.append(keep | {"ms": ms, "ms_all": row["ms"], "images_per_s": rate})
         rows[-1] |= {"gflops": achieved / 1e9, "of_peak": achieved / peak}
-    say(
+    print0(
         "matmul: "
         + ", ".join(f"{str(k)[6:]} {statistics.median(v) / 1e9:,.0f} GFLOP/s" for k, v in peaks.items())
     )
@@ -414,13 +419,13 @@ def measure(contenders, cfg, calls, flags, device):
 
 
 def report(title, rows, pairs):
-    say(f"\n{title}")
-    head = "contender parameters images/s ms/step range memory GFLOP/s of-peak".split()
-    say("{:30}{:>11}{:>10}{:>9}{:>17}{:>9}{:>9}{:>9}".format(*head))
+    print0(f"\n{title}")
+    head = "model parameters images/s ms/step range memory GFLOP/s of-peak".split()
+    print0("{:30}{:>11}{:>10}{:>9}{:>17}{:>9}{:>9}{:>9}".format(*head))
     for r in rows:
         memory = f"{r['memory'] / 2**20:,.0f} M" if r["memory"] is not None else "-"
         spread = f"[{min(r['ms_all']):.1f}, {max(r['ms_all']):.1f}]"
-        say(
+        print0(
             f"{r['name']:30}{r['parameters'] / 1e6:9.2f} M{r['images_per_s']:10.1f}{r['ms']:9.1f}{spread:>17}"
             f"{memory:>9}{r['gflops']:9.0f}{r['of_peak']:9.0%}"
         )
@@ -429,30 +434,26 @@ def report(title, rows, pairs):
         if ours in by_name and peer in by_name:
             ratios = [b / a for a, b in zip(by_name[ours]["ms_all"], by_name[peer]["ms_all"], strict=True)]
             spread = f"[{min(ratios):.2f}, {max(ratios):.2f}]"
-            say(f"{statistics.median(ratios):5.2f} {spread} times the images/s: {ours} / {peer}")
+            print0(f"{statistics.median(ratios):5.2f} {spread} times the images/s: {ours} / {peer}")
 
 
 def main():
     flags = common.parse(Config, __doc__)
-    for name in ("rounds", "bs", "unet_bs"):
-        if getattr(flags, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} is {getattr(flags, name)}; give 1 or more")
-    if not Path(flags.out).parent.is_dir():
-        raise UserError(f"--out {flags.out} lies in no folder; make that first")
-    device, results = common.pick_device(flags.device), {}
+    common.require_range(flags, "rounds bs unet_bs", 1)
+    require(Path(flags.out).parent.is_dir(), f"--out {flags.out} is in no folder; make that first")
+    device, results = common.get_device(flags.device), {}
     torch.set_float32_matmul_precision("high")
-    machine = f"{common.device_facts(device)[0]}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}"
-    say(machine)
+    machine = f"{common.device_name(device)}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}"
+    print0(machine)
     eager, fast = settings(device)
     if flags.only in ("all", "dit"):
-        rows = measure(*dit_contenders(flags, device), flags, device)
-        pairs = [(f"ours, {fast}", f"{p}, {eager}") for p in ("public", "diffusers")]
+        rows = measure(*dit_models(flags, device), flags, device)
+        pairs = [(f"ours, {fast}", f"{p}, {eager}") for p in ("plain_dit", "diffusers")]
         pairs += [
             (f"{o}, {s}", f"{p}, {s}")
             for s in (eager, fast)
-            for o in ("ours", "ours plain")
-            for p in ("public", "diffusers")
+            for o in ("ours", "ours adamw")
+            for p in ("plain_dit", "diffusers")
         ]
         title = (
             f"DiT of dim {flags.dim}, depth {flags.depth}, patch {flags.patch}; {flags.bs} images of 32x32x3"
@@ -460,11 +461,11 @@ def main():
         report(title, rows, pairs)
         results["dit"] = rows
     if flags.only in ("all", "latent"):
-        rows = measure(*latent_contenders(flags, device), flags, device)
+        rows = measure(*latent_models(flags, device), flags, device)
         report(f"DiT of dim 128, depth 6; {flags.bs} images", rows, [[r["name"] for r in rows]])
         results["latent"] = rows
     if flags.only in ("all", "unet"):
-        rows = measure(*unet_contenders(flags, device), flags, device)
+        rows = measure(*unet_models(flags, device), flags, device)
         pairs = [(f"ours, {fast}", f"diffusers, {eager}")]
         pairs += [(f"ours, {s}", f"diffusers, {s}") for s in (eager, fast)]
         report(f"UNet; {flags.unet_bs} images of 28x28", rows, pairs)
@@ -475,5 +476,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with common.one_line_errors():
+    with common.exit_on_user_error():
         main()

@@ -5,7 +5,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.figure  # noqa: F401  imported in a run it would keep that run's sys.stdout, and its lock
 import pytest
 import torch
 

@@ -1,9 +1,9 @@
-"""Judges samples, the .npz of `ddim_sample.py --npz`, against the dataset they imitate; downloads no judge.
+"""Compares samples, the .npz of `ddim_sample.py --npz`, with the dataset that the model was trained on.
 
-A small classifier, trained once on the training images and kept in --cache, supplies features. The dataset is
-brought to the samples' size and channels, as in training. No number means anything alone: beside it stand the
-floor, its value for as many training images of the same classes (four draws: mean +- deviation), and that of
-uniform noise.
+A small classifier, trained once on the training images and kept in --cache, supplies features; nothing is
+downloaded. The dataset is brought to the samples' size and channels, as in training. No number means anything
+alone: beside it stand the real-vs-real baseline, its value for as many training images of the same classes
+(four draws: mean +- deviation), and that of uniform noise.
 
     FD                 Frechet distance to the test images (Heusel et al. 2017, arXiv:1706.08500, eq. 6)
     KID                kernel distance to them (Binkowski et al. 2018, arXiv:1801.01401), unbiased: of equal
@@ -11,20 +11,20 @@ uniform noise.
                        classifier's weights in their name: compare only what has the same name.
     precision, recall  shares of samples that look like test images, and of test images that look like samples
                        (Kynkaanniemi et al. 2019, arXiv:1904.06991, k = 3)
-    label agreement    share in which the classifier sees the class that was asked for; floor: test images
+    label accuracy     share in which the classifier sees the class asked for; baseline: test images
     class histogram    of what it sees: total variation distance to the test images' labels, from 0 to 1
-    distance to train  median RMS distance, of pixels in [0, 1], to the nearest training image; floor: test
+    distance to train  median RMS distance, of pixels in [0, 1], to the nearest training image; baseline: test
                        images. Guidance lowers it too: typical images have near neighbours.
-    copies             share whose nearest training image stands out as in only 1% of the test images: by its
-                       distance over the mean to the 50 nearest (Carlini et al. 2023, arXiv:2301.13188, 5.1)
+    nearest training   share whose nearest training image stands out as in only 1% of the test images: by its
+    images             distance over the mean to the 50 nearest (Carlini et al. 2023, arXiv:2301.13188, 5.1)
 
     python tests/quality.py SAMPLES.npz --dataset mnist
     python tests/quality.py SAMPLES.npz --dataset cifar10 --inception WEIGHTS.pth
 
-The second adds FID and KID proper, by Inception and, as is the custom, against the training images; floor:
-test images. FID falls as samples get more; papers take 50,000. Beside SAMPLES.npz are written
-SAMPLES_quality.json and SAMPLES_neighbours.png: five samples, and the five most like copies, each with its
-nearest training images.
+The second adds FID and KID proper, by Inception and, as is the custom, against the training images;
+baseline: test images. FID falls as samples get more; papers take 50,000. Beside SAMPLES.npz are written
+SAMPLES_quality.json and SAMPLES_neighbours.png: five samples, and the five closest to training images, each
+with its nearest training images.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
-from common import UserError, say, why  # noqa: E402
+from common import UserError, first_line, print0  # noqa: E402
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Config:
 
 
 STEPS, BATCH = 3000, 100  # of the classifier's training: five epochs of MNIST
-FLOORS = 4  # sets of real images that the floor is the mean of
+BASELINES = 4  # sets of real images whose mean is the baseline
 FEWEST = 10  # samples; the metrics are defined for less, but mean nothing
 
 # ------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def load_samples(path):
             protocol = dict(json.loads(str(file["protocol"]))) if "protocol" in file else {}
     except Exception as e:  # a damaged file raises nearly anything
         raise UserError(
-            f"{path} is no .npz of samples ({why(e)}); give one of ddim_sample.py --npz"
+            f"{path} is no .npz of samples ({first_line(e)}); give one of ddim_sample.py --npz"
         ) from None
     unconditional = bool((y == -1).all())
     square = x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] == x.shape[2] >= 8
@@ -131,7 +131,7 @@ def fidelity(module):
     try:
         return importlib.import_module(f"torch_fidelity.{module}")
     except ImportError as e:
-        text = f"torch-fidelity cannot be imported ({why(e)})"
+        text = f"torch-fidelity cannot be imported ({first_line(e)})"
         raise UserError(f"{text}; install it: pip install -r requirements.txt") from None
 
 
@@ -228,13 +228,13 @@ def classifier(data, folder, device):
         model.load_state_dict(state["model"])
         return model, f"{data.name}-{state['hash']}"
     except FileNotFoundError:
-        say(f"training a classifier of {data.name}, once ({STEPS} steps)")
+        print0(f"training a classifier of {data.name}, once ({STEPS} steps)")
     except Exception as e:  # a damaged file raises nearly anything
-        say(f"warning: {file} is damaged ({why(e)}); training its classifier again")
+        print0(f"warning: {file} is damaged ({first_line(e)}); training its classifier again")
     make_folder(folder, "--cache")  # before the minutes of training, not after
     start = time.perf_counter()
     weights = train(data, device)
-    say(f"trained in {time.perf_counter() - start:.0f} s")
+    print0(f"trained in {time.perf_counter() - start:.0f} s")
     state = {"model": weights, "hash": weights_hash(weights)}
     common.write_atomically(file, lambda f: torch.save(state, f))
     model.load_state_dict(weights)
@@ -270,7 +270,7 @@ def inception(path, device):
         torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would run a pickle's code
         model = kind("inception-v3-compat", ["2048"], feature_extractor_weights_path=path).to(device)
     except Exception as e:
-        text = f"--inception {path} holds no weights that torch-fidelity can take ({why(e)})"
+        text = f"--inception {path} holds no weights that torch-fidelity can take ({first_line(e)})"
         raise UserError(f"{text}; give its weights-inception-2015-12-05-6726825d.pth") from None
 
     @torch.no_grad()
@@ -282,7 +282,7 @@ def inception(path, device):
 
 
 # ------------------------------------------------------------------------------------------------
-# Copies of training images? In pixels, as features of one class lie close together whatever the image.
+# Nearest training images. In pixels, as features of one class lie close together whatever the image.
 
 
 def nearest(images, train, k):
@@ -302,12 +302,9 @@ def nearest(images, train, k):
     return distances / b.shape[1] ** 0.5, rows
 
 
-def draw_neighbours(path, images, train, far, k=9):
-    """PATH: the first five samples and the five most like copies, each beside its k nearest.
-
-    far [N]: how far each sample is from being a copy.
-    """
-    rows = [*range(5), *far.argsort()[:5].tolist()]
+def draw_neighbours(path, images, train, ratios, k=9):
+    """PATH: the first five samples and the five with the smallest ratios [N], each beside its k nearest."""
+    rows = [*range(5), *ratios.argsort()[:5].tolist()]
     _, near = nearest(images[rows], train, k)
     tiles = torch.stack([torch.cat([images[i : i + 1], train[n]]) for i, n in zip(rows, near, strict=True)])
     tiles = F.pad(tiles, (1, 1, 1, 1), value=255).expand(-1, -1, 3, -1, -1)  # [10, 1 + k, 3, H, W]
@@ -324,21 +321,21 @@ def draw_neighbours(path, images, train, far, k=9):
 # The report
 
 
-def distances(name, samples, floors, noise, reference):
+def distances(name, samples, baselines, noise, reference):
     """Rows of a table (metric, of the samples, [of real images], of noise), of features."""
-    sets = [samples, *floors, noise]
+    sets = [samples, *baselines, noise]
     rows = [(f"FD {name}", *(frechet_distance(x, reference) for x in sets))]
     rows += [(f"KID {name}", *(kernel_distance(x, reference) for x in sets))]
     return [(metric, first, real, last) for metric, first, *real, last in rows]
 
 
-def by_classifier(model, name, images, labels, floors, noise, test_set, device):
+def by_classifier(model, name, images, labels, baselines, noise, test_set, device):
     """-> (rows as of distances(), [images that the classifier takes for class 0, 1, ...])."""
-    sets = [images, *floors, noise]
+    sets = [images, *baselines, noise]
     seen, z = zip(*(read(model, x, device) for x in sets), strict=True)
     seen_test, z_test = read(model, test_set.images, device)
     accuracy = (seen_test == test_set.labels).float().mean().item()
-    say(f"classifier  {name}: right on {accuracy:.2%} of {len(z_test):,} test images")
+    print0(f"classifier  {name}: right on {accuracy:.2%} of {len(z_test):,} test images")
     unit = z_test.double().square().mean().sqrt()  # features have no scale of their own
     z, z_test = [x.double() / unit for x in z], z_test.double() / unit
     rows = distances(name, z[0], z[1:-1], z[-1], z_test)
@@ -346,8 +343,8 @@ def by_classifier(model, name, images, labels, floors, noise, test_set, device):
     rows += [("precision", precision[0], precision[1:-1], precision[-1])]
     rows += [("recall", recall[0], recall[1:-1], recall[-1])]
     if labels is not None:
-        agreement = [(x == labels).float().mean().item() for x in (seen[0], seen[-1])]
-        rows += [("label agreement", agreement[0], [accuracy], agreement[1])]
+        right = [(x == labels).float().mean().item() for x in (seen[0], seen[-1])]
+        rows += [("label accuracy", right[0], [accuracy], right[1])]
     classes = len(test_set.classes)
     apart = [variation(x, test_set.labels, classes) for x in seen]
     rows += [("class histogram", apart[0], apart[1:-1], apart[-1])]
@@ -355,18 +352,18 @@ def by_classifier(model, name, images, labels, floors, noise, test_set, device):
 
 
 def by_pixels(images, train_set, test_set, noise):
-    """-> (rows as of distances(), how far each image is from being a copy), of at most 1,000 images.
+    """-> (rows as of distances(), ratios of distances), of at most 1,000 images.
 
-    Far is the distance to the nearest training image in units of the mean to the 50 nearest (Carlini et al.
-    2023): without that, plain images, which have many near neighbours, would all be suspects.
+    A ratio is the distance to the nearest training image over the mean to the 50 nearest (Carlini et al.
+    2023): in distance alone, plain images, which have many near neighbours, would all stand out.
     """
     sets, k = (images[:1000], test_set.images[:1000], noise[:1000]), min(50, len(train_set.images))
     d = [nearest(x, train_set.images, k)[0] for x in sets]
     median = [x[:, 0].median().item() for x in d]
-    far = [x[:, 0] / x.mean(1).clamp(min=1e-9) for x in d]
-    copies = [(x < far[1].quantile(0.01)).float().mean().item() for x in far]
+    ratios = [x[:, 0] / x.mean(1).clamp(min=1e-9) for x in d]
+    close = [(x < ratios[1].quantile(0.01)).float().mean().item() for x in ratios]
     rows = [("distance to train", median[0], [median[1]], median[2])]
-    return rows + [("copies", copies[0], [copies[1]], copies[2])], far[0]
+    return rows + [("nearest training images", close[0], [close[1]], close[2])], ratios[0]
 
 
 def real_images(data, n, labels, generator):
@@ -385,23 +382,21 @@ def real_images(data, n, labels, generator):
 
 
 def print_table(rows):
-    """Aligned; "ratio" is that to the floor, where that is never 0 or below."""
-    say(f"\n{'':26}{'samples':>11}{'floor':>22}{'ratio':>8}{'noise':>10}")
+    """Aligned; "ratio" is that to the baseline, where that is never 0 or below."""
+    print0(f"\n{'':26}{'samples':>11}{'baseline':>22}{'ratio':>8}{'noise':>10}")
     for metric, value, real, noise in rows:
-        floor = f"{np.mean(real):.4g}" + (f" +- {np.std(real, ddof=1):.2g}" if len(real) > 1 else "")
+        baseline = f"{np.mean(real):.4g}" + (f" +- {np.std(real, ddof=1):.2g}" if len(real) > 1 else "")
         ratio = f"{value / np.mean(real):.2f}" if metric.startswith(("FD", "distance")) and any(real) else ""
-        say(f"{metric:26}{value:11.4g}{floor:>22}{ratio:>8}{noise:10.4g}")
+        print0(f"{metric:26}{value:11.4g}{baseline:>22}{ratio:>8}{noise:10.4g}")
 
 
 def protocol_line(p):
     """How the samples were made, as their file tells it."""
     if not p:
         return "unknown, the file does not say how the samples were made"
-    told = {k: p.get(k, "?") for k in "nfe nfe_null_class solver steps eta guidance weights step run".split()}
-    return (
-        "NFE {nfe} + {nfe_null_class} with the null class, {solver} of {steps} steps, eta {eta}, guidance "
-        "{guidance}, {weights} weights of step {step} of {run}".format(**told)
-    ) + f", {p.get('rounding', 'unknown rounding')}"
+    told = {k: p.get(k, "?") for k in "nfe solver steps eta guidance weights step run".split()}
+    text = "NFE {nfe}, {solver} of {steps} steps, eta {eta}, guidance {guidance}, {weights} weights of step "
+    return (text + "{step} of {run}").format(**told) + f", {p.get('rounding', 'unknown rounding')}"
 
 
 def main(argv):
@@ -411,7 +406,7 @@ def main(argv):
         raise UserError("no samples are named; their file comes first: quality.py SAMPLES.npz --dataset D")
     if not flags.dataset:
         raise UserError("--dataset is not given; give what the samples imitate, such as --dataset mnist")
-    device, stem = common.pick_device(flags.device), Path(flags.out or Path(path).parent) / Path(path).stem
+    device, stem = common.get_device(flags.device), Path(flags.out or Path(path).parent) / Path(path).stem
     images, labels, protocol = load_samples(path)
     make_folder(stem.parent, "--out")
     n, channels, size = images.shape[:3]
@@ -433,29 +428,31 @@ def main(argv):
 
     g = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, images.shape, generator=g, dtype=torch.uint8)
-    floors = [real_images(train_set, n, labels, g) for _ in range(FLOORS)]
-    say(f"samples     {n:,} of {channels}x{size}x{size}" + ", without labels" * (labels is None))
-    say(f"protocol    {protocol_line(protocol)}")
-    say(f"reference   {count:,} test images of {flags.dataset}; floor: {len(floors[0]):,} for training")
+    baselines = [real_images(train_set, n, labels, g) for _ in range(BASELINES)]
+    print0(f"samples     {n:,} of {channels}x{size}x{size}" + ", without labels" * (labels is None))
+    print0(f"protocol    {protocol_line(protocol)}")
+    print0(
+        f"reference   {count:,} test images of {flags.dataset}; baseline: {len(baselines[0]):,} for training"
+    )
     results, rows = {"dataset": flags.dataset, "samples": n, "protocol": protocol}, []
     if classes > 1:
         model, name = classifier(train_set, flags.cache, device)
-        rows, seen = by_classifier(model, name, images, labels, floors, noise, test_set, device)
+        rows, seen = by_classifier(model, name, images, labels, baselines, noise, test_set, device)
         results["seen"] = dict(zip(train_set.classes, seen, strict=True))
-        say("sees        " + ", ".join(f"{k} {v}" for k, v in results["seen"].items()))
-    more, far = by_pixels(images, train_set, test_set, noise)
+        print0("sees        " + ", ".join(f"{k} {v}" for k, v in results["seen"].items()))
+    more, ratios = by_pixels(images, train_set, test_set, noise)
     rows += more
     if extract:
         sets = extract(images), [extract(test_set.images[:n])], extract(noise), extract(train_set.images)
         rows += distances("Inception", *sets)
     print_table(rows)
-    results["metrics"] = {m: dict(samples=v, floor=list(real), noise=x) for m, v, real, x in rows}
-    draw_neighbours(Path(f"{stem}_neighbours.png"), images[:1000], train_set.images, far)
+    results["metrics"] = {m: dict(samples=v, baseline=list(real), noise=x) for m, v, real, x in rows}
+    draw_neighbours(Path(f"{stem}_neighbours.png"), images[:1000], train_set.images, ratios)
     text = json.dumps(results, indent=1).encode()
     common.write_atomically(Path(f"{stem}_quality.json"), lambda file: file.write(text))
-    say(f"\nwrote {stem}_neighbours.png, _quality.json")
+    print0(f"\nwrote {stem}_neighbours.png, _quality.json")
 
 
 if __name__ == "__main__":
-    with common.one_line_errors():
+    with common.exit_on_user_error():
         main(sys.argv[1:])

@@ -21,6 +21,7 @@ from conftest import TINY
 from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
 from PIL import Image
+from test_faults import same, weights
 
 import common
 import ddpm_unet_mnist as ddpm
@@ -37,7 +38,7 @@ NAME = "ddpm_unet_mnist.py"
     "more",
     [
         {},
-        {"shape": (3, 32, 32), "attention": (16, 8), "blocks": 2, "num_classes": 3},
+        {"shape": (3, 32, 32), "attention": (16, 8), "blocks": 2, "classes": ("a", "b", "c")},
         {"shape": (1, 16, 16), "mults": (1,), "attention": (16,), "dropout": 0.1},
         {"shape": (1, 28, 28), "mults": (1, 2, 3), "grad_checkpoint": True},
     ],
@@ -46,7 +47,7 @@ def test_shapes_and_gradients(backbone, more):
     cfg = replace(Config(backbone=backbone, width=8), **more)
     ddpm.check(cfg)
     model = ddpm.build_model(cfg)
-    x, t, y = torch.randn(3, *cfg.shape), torch.rand(3), torch.tensor([0, 1, cfg.num_classes])
+    x, t, y = torch.randn(3, *cfg.shape), torch.rand(3), torch.tensor([0, 1, len(cfg.classes)])
     assert torch.equal(model(x, t, y), torch.zeros_like(x))  # zero-initialised head
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
@@ -182,7 +183,7 @@ def test_guidance():
         calls.append(len(x))
         return x * 0 + y.view(-1, 1, 1, 1).float()
 
-    cfg = Config(objective="x0", num_classes=10)
+    cfg = Config(objective="x0")
     x, t, y = torch.randn(4, 1, 2, 2), torch.full((4,), 0.5), torch.full((4,), 3)
     for w, want in ((1.0, 3.0), (0.0, 10.0), (2.0, -4.0)):
         x0, eps = ddpm.predict(model, x, t, y, cfg, w)
@@ -198,7 +199,7 @@ def test_guidance():
 def test_sampler_returns_the_mean_and_covariance_of_a_gaussian(objective, steps):
     """Data N(m, S): E[x0 | x_t] = m + alpha S C^-1 (x - alpha m) with C = alpha^2 S + sigma^2 I."""
     m, S = torch.tensor([0.4, -0.2]), torch.tensor([[0.09, 0.04], [0.04, 0.05]])
-    cfg = Config(objective=objective, shape=(1, 1, 2), clip_x0=False, guidance=1.0)
+    cfg = Config(objective=objective, shape=(1, 1, 2), clip_x0=False, guidance=1.0, sampling_steps=steps)
 
     def model(x, t, y):
         (a,), (s,) = (c[:1] for c in ddpm.path(t, cfg))
@@ -208,24 +209,22 @@ def test_sampler_returns_the_mean_and_covariance_of_a_gaussian(objective, steps)
         eps = (x - a * x0) / s
         return {"eps": eps, "v": a * eps - s * x0, "x0": x0}[objective]
 
-    n = 20_000
-    y = torch.zeros(n, dtype=torch.long)
-    x, history = ddpm.sample(model, y, cfg, torch.Generator().manual_seed(0), steps)
+    n, generator = 20_000, torch.Generator().manual_seed(0)
+    noise = functools.partial(torch.randn, n, 1, 1, 2, generator=generator)
+    x, trajectory = ddpm.sample(model, noise(), torch.zeros(n, dtype=torch.long), cfg, noise)
     x = x.flatten(1)
-    assert 23 <= len(history) <= 25
+    assert 23 <= len(trajectory) <= 25
     torch.testing.assert_close(x.mean(0), m, rtol=0, atol=0.008)
     # The posterior's variance is that of a single data point (Ho et al. 2020, sec. 3.2): a bias of 1 / steps.
     torch.testing.assert_close(torch.cov(x.T), S, rtol=60 / steps, atol=0.001)
 
 
 def test_clipping_keeps_estimates_in_range():
-    cfg = Config(shape=(1, 4, 4), guidance=1.0, objective="x0", timesteps=20)
-    y = torch.zeros(2, dtype=torch.long)
+    cfg = Config(guidance=1.0, objective="x0", timesteps=20, sampling_steps=20)
+    x, y = torch.randn(2, 1, 4, 4), torch.zeros(2, dtype=torch.long)
     for clip, top in ((True, 1.0), (False, 3.0)):
-        _, history = ddpm.sample(
-            lambda x, t, y: x * 0 + 3, y, replace(cfg, clip_x0=clip), torch.Generator(), 20
-        )
-        assert max(h.max().item() for h in history) == top
+        x0, trajectory = ddpm.sample(lambda x, t, y: x * 0 + 3, x, y, replace(cfg, clip_x0=clip))
+        assert [v.max().item() for v in (*trajectory, x0)] == [top] * 21
 
 
 # ------------------------------------------------------------------------------------------------
@@ -240,9 +239,9 @@ def train(tmp_path, monkeypatch, *flags):
         m.setattr("sys.stdout", os.sys.stdout)
         m.setattr("sys.stderr", os.sys.stderr)
         try:
-            with common.one_line_errors():
-                cfg = common.parse(Config, ddpm.__doc__, [*TINY, "--dataset", "digits", *map(str, flags)])
-                ddpm.sample_run(cfg) if cfg.sample else ddpm.train(cfg)
+            with common.exit_on_user_error():
+                arguments = [*TINY, "--dataset", "digits", *map(str, flags)]
+                ddpm.train(common.parse(Config, ddpm.__doc__, arguments))
         finally:
             for s, h in handlers.items():
                 signal.signal(s, h)
@@ -266,10 +265,11 @@ def test_overfits_sixteen_images(tmp_path, monkeypatch):
     flags = ["--dataset", tmp_path / "few", "--steps", 1000, "--width", 16, "--lr", 4e-3, "--bs", 32]
     run = train(tmp_path, monkeypatch, *flags, "--eval-every", 0)
     state = common.newest_checkpoint(run)
-    cfg = Config(width=16, mults=(1, 2), shape=(1, 16, 16), num_classes=10, guidance=1.0)
+    cfg = Config(width=16, mults=(1, 2), shape=(1, 16, 16), guidance=1.0, sampling_steps=100)
     model = ddpm.build_model(cfg)
     model.load_state_dict(state["ema"])
-    images, _ = ddpm.sample(model.eval(), torch.arange(10), cfg, torch.Generator().manual_seed(0), 100)
+    torch.manual_seed(0)
+    images, _ = ddpm.sample(model.eval(), torch.randn(10, *cfg.shape), torch.arange(10), cfg)
     targets = data.images[:16].float() / 127.5 - 1
     error = torch.cdist(images.flatten(1), targets.flatten(1)).square() / 256
     nearest = error.min(1)
@@ -282,7 +282,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch
 
     def sabotaged(*args):
         calls.append(1) if torch.is_grad_enabled() else None  # not those of evaluation
-        return original(*args) * (float("nan") if len(calls) in (3, 4, 8) else 1)
+        return original(*args) * (float("nan") if len(calls) - 1 in (3, 4, 8) else 1)  # a trial, then steps
 
     monkeypatch.setattr(ddpm, "loss_per_sample", sabotaged)
     run = train(tmp_path, monkeypatch, "--steps", 10, "--log-every", 5, "--eval-every", 0)
@@ -306,6 +306,7 @@ def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch, capsys):
         train(tmp_path, monkeypatch, "--steps", 50, "--log-every", 20)  # the tenth is among twenty unread
     run = newest_run(tmp_path)
     assert len(lines(run)) == 10 and all(x["skipped"] and x["loss"] is None for x in lines(run))
+    assert "step 1  loss nan " in capsys.readouterr().out
 
 
 def test_a_parameter_without_gradient_is_named(tmp_path, monkeypatch):
@@ -380,18 +381,18 @@ def test_grad_accum_is_the_same_step(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flags, match",
     [
-        ("--image-size 15", "multiples of 2 do; give --image-size 16 or"),
-        ("--image-size 30 --mults 1 2 4", "multiples of 4 do; give --image-size 32 or"),
-        ("--attention 7", r"choose from \[16, 8\]"),
+        ("--image-size 15", r"side \(15\) must be divisible by 2 for 2 levels; use --image-size 16 or"),
+        ("--image-size 30 --mults 1 2 4", r"\(30\) must be divisible by 4 for 3 levels; use --image-size 32"),
+        ("--attention 7", r"--attention must be resolutions of the levels, \[16, 8\]"),
         ("--bs 0", "--bs is 0"),
-        ("--bs 8 --grad-accum 3", "--bs 8 is no multiple"),
+        ("--bs 8 --grad-accum 3", r"\(8\) must be divisible by --grad-accum x number of processes \(3\)"),
         ("--lr 0", "--lr is 0"),
         ("--lr nan", "--lr is nan"),
-        ("--sampling-steps 50 --timesteps 20", "--sampling-steps is more than"),
-        ("--zero-snr --objective eps", "--zero-snr"),
-        ("--class-dropout 0", "--guidance needs"),
+        ("--sampling-steps 50 --timesteps 20", r"--sampling-steps \(50\) must be at most --timesteps \(20\)"),
+        ("--zero-snr --objective eps", "--zero-snr needs --objective v or x0"),
+        ("--class-dropout 0", "--guidance needs --class-dropout above 0"),
         ("--class-dropout 1.5", "--class-dropout is 1.5"),
-        ("--mults", "--mults needs"),
+        ("--mults", "--mults must be a positive number per level"),
         ("--keep 0", "--keep is 0"),
         ("--dataset nowhere", "there is no dataset nowhere"),
         ("--dataset mnist --data-root none", "mnist is not in"),
@@ -399,32 +400,22 @@ def test_grad_accum_is_the_same_step(tmp_path, monkeypatch):
         ("--objective noise", "invalid choice"),
         ("--stpes 3", "did you mean --steps"),
         ("--device mps", "--device mps"),
-        ("--resume nowhere", "nowhere is no run"),
-        ("--sample nowhere", "nowhere is no run"),
-        ("--config nowhere.yaml", "no readable run.yaml"),
+        ("--resume nowhere", "nowhere is not a run"),
+        ("--config nowhere.yaml", "not a readable run.yaml"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, flags, match):
     with pytest.raises(SystemExit) as e:
         train(tmp_path, monkeypatch, "--steps", 2, *flags.split())
     text = capsys.readouterr().err
-    assert e.value.code == 2 and text.startswith("error: ") and text.count("\n") == 1 and "; " in text, text
+    assert e.value.code == 2 and text.startswith("error: ") and text.count("\n") == 1, text
+    assert re.search("; | must be | needs ", text), text  # what to do about it
     assert re.search(match, text), text
     assert not (tmp_path / "logs").exists()
 
 
 # ------------------------------------------------------------------------------------------------
 # Runs as processes
-
-
-def weights(run):
-    state = common.newest_checkpoint(run)
-    return [state["step"], *state["model"].values(), *state["ema"].values(), state["optimizer"]["state"]]
-
-
-def same(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
-    return True
 
 
 RUN = [*TINY, "--dataset", "digits", "--steps", 60, "--save-every", 5, "--eval-every", 30, "--log-every", 3]
@@ -465,7 +456,8 @@ def test_a_run_folder_is_complete(whole):
         and len(val[0]["loss_t"]) == 10
     )
     assert Image.open(run / "samples" / "step_00000060.gif").n_frames >= 4
-    assert (run / "samples" / "step_00000060.png").exists() and (run / "metrics" / "curves.png").exists()
+    assert (run / "samples" / "step_00000060.png").exists()
+    assert sorted(x.name for x in (run / "metrics").iterdir()) == ["loss.jsonl", "val.jsonl"]
     assert (run / "run.out").read_text() == p.stdout and "look at" in p.stdout and p.stderr == ""
     state = common.newest_checkpoint(run)
     assert state["config"]["bs"] == 8 and not any("module" in k or "_orig" in k for k in state["model"])
@@ -481,14 +473,16 @@ def test_config_file_runs_it_again(whole, script, tmp_path):
 def test_sample_and_resume_of_a_finished_run(whole, script):
     run, _ = whole
     before = weights(run)
-    p = script(NAME, "--sample", run, "--guidance", 3, "--seed", 5)
-    assert p.returncode == 0 and (run / "samples" / "step_00000060_steps4_w3_seed5.gif").exists(), p.err
+    flags = ["--solver", "own", "--guidance", 3, "--seed", 5, "--num-samples", 10]
+    p = script("ddim_sample.py", run, *flags)
+    assert p.returncode == 0 and "NFE 4 " in p.out, p.err
+    assert (run / "samples" / "step_00000060_own_w3_seed5_numsamples10_x0.gif").exists()
     p = script(NAME, "--resume", run)
     assert p.returncode == 0 and same(weights(run), before) and len(lines(run)) == 60, p.err
     p = script(NAME, "--resume", run, "--lr", 1)
     assert (
         p.returncode == 2
-        and p.err.startswith("error: --lr 1.0 is not the run's (0.002)")
+        and p.err.startswith(f"error: --lr is 1.0, but 0.002 in {run}; leave it out")
         and p.err.count("\n") == 1
     )
 
@@ -531,7 +525,7 @@ def test_sigterm_saves_and_leaves_with_its_own_status(whole, script, tmp_path):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     run = newest_run(tmp_path)
-    assert process.returncode == common.PREEMPTED and f"--resume {run}" in out, err
+    assert process.returncode == common.EXIT_PREEMPTED and f"--resume {run}" in out, err
     step = common.newest_checkpoint(run)["step"]
     assert step < 60 and len(lines(run)) == step
     p = script(NAME, "--resume", run)
@@ -564,14 +558,14 @@ def test_damaged_newest_checkpoint(whole, tmp_path, monkeypatch, capsys, damage)
     else:
         torch.save(Bomb(), bad)
         (tmp_path / "raw.pt").write_bytes(pickle.dumps(Bomb()))
-        with pytest.raises(common.UserError, match="raw.pt cannot be loaded"):
+        with pytest.raises(common.UserError, match="cannot load .*raw.pt"):
             common.load_checkpoint(tmp_path / "raw.pt")
     with pytest.raises(SystemExit) as e:
         train(tmp_path, monkeypatch, "--resume", bad)
-    assert e.value.code == 2 and "step_00000060.pt cannot be loaded" in capsys.readouterr().err
+    assert e.value.code == 2 and f"cannot load {bad} (" in capsys.readouterr().err
     train(tmp_path, monkeypatch, "--resume", run)
     out = capsys.readouterr().out
-    assert "warning" in out and str(bad) in out and str(good) in out and "going on after step 55" in out
+    assert "warning" in out and str(bad) in out and str(good) in out and "continuing after step 55" in out
     assert same(weights(run), weights(whole[0]))
     assert [x["step"] for x in lines(run)] == list(range(1, 61)) and not (tmp_path / "owned").exists()
 
@@ -581,6 +575,10 @@ def test_resume_from_an_earlier_checkpoint(whole, tmp_path, monkeypatch):
     shutil.copytree(whole[0], run)
     train(tmp_path, monkeypatch, "--resume", run / "checkpoints" / "step_00000055.pt")
     assert same(weights(run), weights(whole[0])) and [x["step"] for x in lines(run)] == list(range(1, 61))
+    old = (run / "metrics" / "loss.jsonl.old").read_text().splitlines()  # nothing is lost
+    assert old == (whole[0] / "metrics" / "loss.jsonl").read_text().splitlines()[55:]
+    for name in ("checkpoints/step_00000060.pt", "samples/step_00000060.gif"):
+        assert len([*run.glob(f"{name}.*.old")]) == 1 and (run / name).exists()
 
 
 def test_edited_run_yaml_is_noticed(whole, tmp_path, monkeypatch, capsys):
@@ -590,7 +588,7 @@ def test_edited_run_yaml_is_noticed(whole, tmp_path, monkeypatch, capsys):
     (run / "run.yaml").write_text(text.replace("lr: 0.002", "lr: 0.003"))
     with pytest.raises(SystemExit) as e:
         train(tmp_path, monkeypatch, "--resume", run)
-    assert e.value.code == 2 and "lr is 0.003 now but 0.002 in the checkpoint" in capsys.readouterr().err
+    assert e.value.code == 2 and f"--lr is 0.003, but 0.002 in {run};" in capsys.readouterr().err
     assert len(lines(run)) == 60
 
 
@@ -605,7 +603,7 @@ def test_another_dataset_is_noticed_on_resume(tmp_path, monkeypatch, capsys):
     (images / "8.png").rename(tmp_path / "8.png")
     with pytest.raises(SystemExit) as e:
         go_on("--resume", run, "--steps", 5)
-    assert e.value.code == 2 and "the dataset is not the run's: train {'images': 8" in capsys.readouterr().err
+    assert e.value.code == 2 and "differs from the run's: train is {'images': 8" in capsys.readouterr().err
     (tmp_path / "8.png").rename(images / "8.png")
     assert len(lines(go_on("--resume", run, "--steps", 5))) == 5
 

@@ -41,16 +41,8 @@ class Job:
     """A job on CPUs, from its submission on."""
 
     def __init__(self, repo, *options, flags=()):
-        command = [
-            "sbatch",
-            "--parsable",
-            "--gpus-per-node=0",
-            "--cpus-per-task=1",
-            *options,
-            "slurm/run.sh",
-            *TINY,
-            *flags,
-        ]
+        command = "sbatch --parsable --gpus-per-node=0 --cpus-per-task=1".split()
+        command += [*options, "slurm/run.sh", *TINY, *flags]
         done = subprocess.run([*map(str, command)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         self.number, self.repo = done.stdout.strip(), repo
@@ -102,18 +94,10 @@ def weights(run):
 def whole(tmp_path_factory):
     """The same run by two processes, never interrupted and without Slurm."""
     home = tmp_path_factory.mktemp("whole")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        ROOT / TINY[0],
-    ]
+    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node=2".split()]
+    command += [ROOT / TINY[0], *TINY[1:], "--steps", "300"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DIFFUSION_LOGS": str(home)}
-    done = subprocess.run(
-        [*command, *TINY[1:], "--steps", "300"], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (run,) = home.glob("ddpm/*")
     return run
@@ -140,7 +124,7 @@ def test_two_nodes_go_on_after_a_requeue_as_if_nothing_had_happened(repo, whole,
     else:
         subprocess.run(["scontrol", "requeue", job.number], check=True)
     assert job.ended() == "COMPLETED" and job.facts()["Restarts"] == "1", job.log()
-    assert "stopped by a signal after step" in job.log() and "going on after step" in job.log()
+    assert "stopped by a signal after step" in job.log() and ", continuing after step" in job.log()
     assert job.steps() == list(range(1, 301)) and len(list((repo / "logs" / "ddpm").iterdir())) == 1
     torch.testing.assert_close(weights(job.run()), weights(whole), rtol=0, atol=0)
     assert [x["loss"] for x in lines(job.run())] == [x["loss"] for x in lines(whole)]

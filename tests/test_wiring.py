@@ -6,9 +6,11 @@ wired otherwise: another split, another share of null classes, images mirrored b
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,6 @@ from test_faults import at_step, same, weights
 from test_latent_dit_sdvae import small_vae
 
 import common
-import ddim_sample as d
 import ddpm_unet_mnist as ddpm
 import latent_dit_sdvae as ld
 import rf_dit_cifar as rf
@@ -53,7 +54,7 @@ def train(tmp_path, monkeypatch, vae):
             m.setattr("sys.stdout", sys.stdout)
             m.setattr("sys.stderr", sys.stderr)
             try:
-                with common.one_line_errors():
+                with common.exit_on_user_error():
                     script.train(common.parse(script.Config, script.__doc__, [*start, *map(str, flags)]))
             except SystemExit as e:
                 left = e.code
@@ -96,12 +97,12 @@ def test_the_loop_trains_and_evaluates_as_it_says(script, train, vae, monkeypatc
     network = ld.load_vae(vae[1], torch.device("cpu"))
     encode = (lambda x: ld.encode(network, x)[0]) if script is ld else lambda x: x
     batches = common.Batches(data, 8, 3, "cpu", flip=True)
-    trained = [c for c in calls if c[3] is None]
+    trained = [c for c in calls if c[3] is None][1:]  # the first is a trial
     assert len(trained) == 60
     nulls = 0
     for step, (x0, y, t, _, _) in enumerate(trained):
         x, labels = batches(step)
-        torch.testing.assert_close(x0, encode(x), rtol=0, atol=0.03)  # latents are kept in bfloat16
+        torch.testing.assert_close(x0, encode(x), rtol=0, atol=0.03)  # latents are made and kept in 16 bits
         assert ((y == labels) | (y == 10)).all() and 0 < t.min() and t.max() <= 1
         nulls += (y == 10).sum().item()
     assert 0.22 < nulls / 480 < 0.38  # of 480 draws, four deviations either way
@@ -113,7 +114,7 @@ def test_the_loop_trains_and_evaluates_as_it_says(script, train, vae, monkeypatc
     for x0, _, _, used, _ in last:
         assert same(used, state["ema"])
         near, far = (torch.cdist(x0.flatten(1)[:20], x).min(1)[0] for x in (ours, others))
-        assert near.max() < 0.2 * far.min(), (near, far)
+        assert (near < 0.2 * far).all(), (near, far)
     assert same(sampled[-1], state["ema"])
     assert any(not torch.equal(sampled[0][k], v) for k, v in state["ema"].items())  # it follows the weights
     (val,) = lines(run, "val")
@@ -130,6 +131,71 @@ def test_what_breaks_in_evaluation_breaks_before_the_first_step(script, train, m
                 train(script, "--steps", 5, logs=name)
         (run,) = (tmp_path / name).glob("*/*")
         assert not lines(run)
+
+
+@every_script
+def test_labels_may_be_sequences(script, train, monkeypatch):
+    """A fork's y [B, L], with a null() of its own: whole rows are dropped, in training and for guidance."""
+    build_model, conditions, load, asked = script.build_model, script.conditions, common.load_dataset, []
+
+    def first_label(model, inputs):
+        asked.append((torch.is_grad_enabled(), inputs[2].clone()))
+        return *inputs[:2], inputs[2][:, 0].clamp(min=0)
+
+    def build(cfg):
+        model = build_model(cfg)
+        model.register_forward_pre_hook(first_label)
+        return model
+
+    def load_rows(*args, **more):
+        data = load(*args, **more)
+        return replace(data, labels=torch.stack([data.labels, data.labels + 20, data.labels + 40], 1))
+
+    monkeypatch.setattr(common, "load_dataset", load_rows)
+    monkeypatch.setattr(script, "build_model", build)
+    monkeypatch.setattr(script, "null", lambda y, cfg: torch.full_like(y, -1))
+    monkeypatch.setattr(script, "conditions", lambda *a: conditions(*a)[:, None] + torch.tensor([0, 20, 40]))
+    train(script, "--steps", 20, "--class-dropout", 0.5, "--guidance", 2)
+    y = torch.cat([y for training, y in asked if training])
+    dropped = (y == -1).all(1)
+    assert y.shape == (21 * 8, 3) and 0.3 < dropped.float().mean() < 0.7  # one step is a trial
+    assert (y[~dropped] == y[~dropped][:, :1] + torch.tensor([0, 20, 40])).all()
+    last = asked[-1][1]  # of the pictures: ten samples with their condition, and without
+    assert last.shape == (20, 3) and last[:10, 0].tolist() == [*range(10)] and (last[10:] == -1).all()
+
+
+@every_script
+def test_conditions_are_the_business_of_model_and_method(script):
+    """A fork with other conditions, or without blocks, edits these two sections and nothing else."""
+    sections = re.split(r"\n# -{90,}\n# ", Path(script.__file__).read_text())
+    names = [s.split("\n")[0].split(":")[0] for s in sections[1:]]
+    assert {"Model", "Method", "Training loop"} <= {*names}
+    known = re.compile(r"num_classes|(?<!data)\.classes|model\.blocks|one_hot|full_like")
+    for name, text in zip(names, sections[1:], strict=True):
+        if name not in ("Model", "Method"):
+            assert not known.findall(text), name
+    assert "num_classes" not in sections[0] and known.search("len(cfg.classes)")
+
+
+OWN = [(ddpm, {}), (ld, {}), *((rf, {"solver": s}) for s in ("euler", "heun", "rk4"))]
+
+
+@pytest.mark.parametrize("script, more", OWN, ids=lambda v: getattr(v, "__name__", None) or str(v))
+def test_samplers_start_at_the_noise_of_the_path_and_say_where_steps_go(script, more, monkeypatch):
+    calls = []
+
+    def predict(model, x, t, y, cfg, guidance=1.0, s=None):
+        assert t.shape == s.shape == (len(x),) and len({*t.tolist()}) == len({*s.tolist()}) == 1
+        calls.append((x, t[0].item(), s[0].item()))
+        return 0.3 * torch.ones_like(x), torch.zeros_like(x)
+
+    monkeypatch.setattr(script, "predict", predict)
+    monkeypatch.setattr(script, "path", lambda t, cfg: (1 - t, 80 * t))
+    x = torch.randn(4, 1, 2, 2)
+    script.sample(None, x, torch.zeros(4, dtype=torch.long), script.Config(sampling_steps=4, **more))
+    torch.testing.assert_close(calls[0][0], 80 * x)
+    assert all(s in (0.75, 0.5, 0.25, 0) and s <= t for _, t, s in calls)
+    assert calls[0][1:] == (1, 0.75) and calls[-1][2] == 0 and (0.5, 0.25) in [c[1:] for c in calls]
 
 
 # ---- what never happens
@@ -150,13 +216,13 @@ def test_a_step_that_is_not_finite_is_never_applied_whatever_the_optimizer(train
     original, calls = rf.loss_per_sample, []
 
     def sabotaged(model, *args):
-        calls.append(torch.is_grad_enabled())
-        return original(model, *args) * (float("nan") if calls.count(True) in (3, 4) and calls[-1] else 1)
+        calls.append(torch.is_grad_enabled())  # the first is a trial
+        return original(model, *args) * (float("nan") if calls.count(True) in (4, 5) and calls[-1] else 1)
 
     def make_optimizer(model, cfg, dtype):
         more = {"fused": True} if kind is torch.optim.AdamW else {}
         optimizer = kind([{"params": list(model.parameters())}], lr=1e-3, **more)
-        optimizer.param_groups[0]["peak"] = 1e-3
+        optimizer.param_groups[0]["base_lr"] = 1e-3
         return optimizer
 
     monkeypatch.setattr(rf, "loss_per_sample", sabotaged)
@@ -173,7 +239,7 @@ def test_samplers_never_ask_at_the_end_where_eps_is_undefined(solver):
     """A network that predicts x0 has eps = (x - (1 - t) x0) / t."""
     asked = []
 
-    def predict(model, x, t, y, cfg, guidance=1.0):
+    def predict(model, x, t, y, cfg, guidance=1.0, s=None):
         asked.append(t[0].item())
         return 0.3 * torch.ones_like(x), (x - 0.3 * (1 - t.view(-1, 1, 1, 1))) / t.view(-1, 1, 1, 1)
 
@@ -186,9 +252,8 @@ def test_samplers_never_ask_at_the_end_where_eps_is_undefined(solver):
 
 
 @every_script
-def test_samples_that_are_not_finite_are_an_error(script, train, monkeypatch, capsys):
+def test_samples_that_are_not_finite_are_an_error(script, train, main, monkeypatch, capsys):  # noqa: F811
     """Not pictures of -1 and 1; while training, a warning: the run goes on."""
-    run = train(script, "--steps", 2, "--sample-every", 0)
     original = script.predict
 
     def predict(*args, **more):
@@ -198,10 +263,15 @@ def test_samples_that_are_not_finite_are_an_error(script, train, monkeypatch, ca
     run = train(script, "--steps", 2)
     said = capsys.readouterr().out
     for what in ("a trial picture", "the pictures"):
-        assert f"warning: {what} could not be written (the samples are not finite" in said
+        assert f"warning: cannot write {what} (the samples are not finite" in said
     assert not list((run / "samples").glob("step*")) and len(lines(run)) == 2
-    with pytest.raises(common.UserError, match="the samples are not finite"):
-        script.sample_run(common.parse(script.Config, "", ["--sample", str(run)]))
+    file = run / "checkpoints" / "step_00000002.pt"
+    state = common.load_checkpoint(file)
+    torch.save(state | {"ema": {k: v * float("inf") for k, v in state["ema"].items()}}, file)
+    with pytest.raises(SystemExit, match="2"):
+        main(run, "--solver", "own")
+    error = capsys.readouterr().err
+    assert error.startswith("error: the samples are not finite; ") and error.count("\n") == 1
 
 
 # ---- how they go on
@@ -219,6 +289,8 @@ def test_compiled_runs_resume_bit_for_bit(script, train):
     flags = [*large[script], "--steps", 24, "--save-every", 12, "--eval-every", 0, "--sample-every", 0]
     run = train(script, *flags, compiled=True)
     whole, losses = weights(run), [x["loss"] for x in lines(run)]
+    state = common.newest_checkpoint(run)
+    assert not any("_orig_mod" in k for k in [*state["model"], *state["ema"]])
     train(script, "--resume", run / "checkpoints" / "step_00000012.pt")
     assert same(weights(run), whole) and [x["loss"] for x in lines(run)] == losses
 
@@ -234,12 +306,14 @@ def test_what_a_fork_draws_in_its_loss_is_the_same_when_resumed(script, train, m
     whole = train(script, "--steps", 8, "--eval-every", 0, logs="whole")
     with monkeypatch.context() as m:
         at_step(m, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        run = train(script, "--steps", 8, "--eval-every", 0, logs="cut", status=common.PREEMPTED)
+        run = train(script, "--steps", 8, "--eval-every", 0, logs="cut", status=common.EXIT_PREEMPTED)
     assert same(weights(train(script, "--resume", run, logs="cut")), weights(whole))
 
 
 def snapshot(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """All files, but for what was printed."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name not in ("run.out", "run.err")]
+    return {p.relative_to(folder): p.read_bytes() for p in files}
 
 
 def test_a_run_without_checkpoints_is_not_begun_anew(train, capsys):
@@ -250,13 +324,8 @@ def test_a_run_without_checkpoints_is_not_begun_anew(train, capsys):
     before = snapshot(run)
     train(ddpm, "--resume", run, status=2)
     error = capsys.readouterr().err
-    assert (
-        error == f"error: {run} has no checkpoint to go on from; run it again with --config {run}/run.yaml\n"
-    )
+    assert error == f"error: {run} has no checkpoint; run it again with --config {run}/run.yaml\n"
     assert snapshot(run) == before
-    (run / "metrics" / "loss.jsonl").unlink()  # one that was killed before its first step
-    train(ddpm, "--resume", run)
-    assert len(lines(run)) == 4
 
 
 def test_nothing_that_was_recorded_gets_lost(train):
@@ -267,17 +336,16 @@ def test_nothing_that_was_recorded_gets_lost(train):
     for name, later in (("loss", 2), ("val", 1)):
         old = [json.loads(x) for x in (run / "metrics" / f"{name}.jsonl.old").read_text().splitlines()]
         assert old == before[name][-later:] and lines(run, name)[:-1] == before[name][:-later]
-    assert (run / "checkpoints" / "step_00000006.pt.old").exists()
-    assert (run / "samples" / "step_00000006.gif.old").exists()
-    first = (run / "checkpoints" / "step_00000006.pt.old").read_bytes()
+    (old,) = (run / "checkpoints").glob("step_00000006.pt.*.old")
+    assert list((run / "samples").glob("step_00000006.gif.*.old"))
+    first = old.read_bytes()
     for _ in range(2):
         train(rf, "--resume", run / "checkpoints" / "step_00000004.pt", "--steps", 6)
-    assert (run / "checkpoints" / "step_00000006.pt.old").read_bytes() == first
-    assert (run / "checkpoints" / "step_00000006.pt.old_2").exists()
+    assert old.read_bytes() == first and len(list(old.parent.glob("step_00000006.pt.*.old"))) == 2
 
 
-def test_edited_code_is_refused_with_two_ways_on(train, script, capsys):
-    """Resumed or sampled with another target than it was trained for, a run would be quietly wrong."""
+def test_edited_code_is_refused_with_two_ways_on(train, script, main, capsys):  # noqa: F811
+    """Resumed with another target than it was trained for, a run would be quietly wrong."""
     run = train(rf, "--steps", 4, "--eval-every", 0)
     code = run / "code" / "rf_dit_cifar.py"
     text = code.read_text()
@@ -285,49 +353,30 @@ def test_edited_code_is_refused_with_two_ways_on(train, script, capsys):
     assert edited != text
     code.write_text(edited)  # the script here is the one that was edited
     before = snapshot(run)
-    for other, mode in ((rf, "--resume"), (rf, "--sample"), (ddpm, "--resume")):
+    for other in (rf, ddpm):
         capsys.readouterr()
-        with pytest.raises(SystemExit, match="2"), common.one_line_errors():
-            common.parse(other.Config, "", [mode, str(run)])
-        error, name = capsys.readouterr().err, f"{other.__name__}.py"
-        assert error.startswith(f"error: {name}: not the code of this run; for that, python ")
-        assert f"python {code} {mode} {run}" in error and error.count("\n") == 1
-        assert ("--new-code" in error) == (mode == "--resume")
-    assert snapshot(run) == before
-
+        train(other, "--resume", run, status=2)
+        what = f"{other.__name__}.py differs from the run's code; use python {code} --resume {run}"
+        want = f"error: {what}, or copy your new code to {code.parent} first\n"
+        assert capsys.readouterr().err == want and snapshot(run) == before
     p = script(code, "--resume", run, "--steps", 5)
     assert p.returncode == 0 and len(lines(run)) == 5, p.err
-    train(rf, "--resume", run, "--steps", 6, "--new-code")
-    assert "note    new code from here on; rf_dit_cifar.py stays beside it in" in capsys.readouterr().out
-    assert code.read_text() == text and code.with_suffix(".py.until_step_00000005").read_text() == edited
-    train(rf, "--resume", run, "--steps", 7)  # now it is the run's
-    code.write_text(text + "# broken")  # edit, crash, edit: each that made weights stays
-    train(rf, "--resume", run, "--steps", 8, "--new-code")
-    code.write_text(text + "# mended")
-    train(rf, "--resume", run, "--steps", 8, "--new-code")
-    kept = [p.read_text() for p in sorted(code.parent.glob("rf_dit_cifar.py.until*"))]
-    assert kept == [edited, text + "# broken", text + "# mended"]
-    train(rf, "--new-code", "--steps", 2, status=2)
-    assert "--new-code says how to --resume RUN" in capsys.readouterr().err
+    (code.parent / "common.py").write_text(Path(common.__file__).read_text() + "# edited")
+    code.write_text(text)
+    train(rf, "--resume", run, "--steps", 6, status=2)
+    assert "error: common.py differs from the run's code" in capsys.readouterr().err
+    shutil.copy(common.__file__, code.parent)
+    train(rf, "--resume", run, "--steps", 6)  # now it is the run's
 
-
-def test_new_code_of_another_name_and_with_other_flags(train, tmp_path, script, main, capsys):  # noqa: F811
-    """The old script is set aside, so that one is left to sample from."""
-    run = train(rf, "--steps", 2, "--eval-every", 0)
-    shutil.copy(common.__file__, tmp_path)
-    text = Path(rf.__file__).read_text().replace("    dropout: float = 0.0  # inside the MLPs\n", "")
-    text = text.replace("nn.Dropout(cfg.dropout)", "nn.Identity()").replace(
-        '"dropout ema_decay', '"ema_decay'
-    )
-    text = text.replace("    # method\n", "    alpha: float = 1.0  # a new one\n    # method\n", 1)
-    (tmp_path / "my_idea.py").write_text(text)
-    p = script(tmp_path / "my_idea.py", "--resume", run, "--steps", 3, "--new-code", "--alpha", 2)
-    assert p.returncode == 0 and "the new code has no dropout" in p.out, p.err
-    names = sorted(p.name for p in (run / "code").iterdir())
-    assert names == ["common.py", "my_idea.py", "rf_dit_cifar.py.until_step_00000002"]
+    # Of another name and with a new flag
+    code.unlink()
+    code = code.with_name("my_idea.py")
+    code.write_text(text.replace("    # method\n", "    gamma: float = 1.0  # a new one\n    # method\n", 1))
+    p = script(code, "--resume", run, "--steps", 7)
+    assert p.returncode == 0 and "gamma: 1.0" in (run / "run.yaml").read_text(), p.err
+    p = script(code, "--resume", run, "--steps", 8, "--gamma", 2)
+    assert p.returncode == 2 and "--gamma is 2.0, but 1.0 in" in p.err
     main(run, "--steps", 2, "--num-samples", 2)
-    p = script(tmp_path / "my_idea.py", "--resume", run, "--steps", 4)
-    assert p.returncode == 0 and "alpha: 2.0" in (run / "run.yaml").read_text(), p.err
 
 
 def test_a_longer_run_that_is_stopped_goes_on_to_its_end(train, monkeypatch):
@@ -335,7 +384,7 @@ def test_a_longer_run_that_is_stopped_goes_on_to_its_end(train, monkeypatch):
     run = train(rf, "--steps", 3, "--eval-every", 0)
     with monkeypatch.context() as m:
         at_step(m, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        train(rf, "--resume", run, "--steps", 9, status=common.PREEMPTED)
+        train(rf, "--resume", run, "--steps", 9, status=common.EXIT_PREEMPTED)
     train(rf, "--resume", run)
     assert len(lines(run)) == 9
 
@@ -345,7 +394,7 @@ def test_a_moved_dataset_is_the_same_dataset(train, main, tmp_path, capsys):  # 
     for i in range(50):
         file = tmp_path / "here" / "ab"[i % 2] / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        common.save_pictures(file.with_suffix(""), torch.randn(1, 1, 16, 16), columns=1)
+        common.save_images(file.with_suffix(""), torch.randn(1, 1, 16, 16), columns=1)
     run = train(rf, "--dataset", tmp_path / "here", "--steps", 3)
     capsys.readouterr()
     (tmp_path / "here").rename(tmp_path / "there")
@@ -356,13 +405,13 @@ def test_a_moved_dataset_is_the_same_dataset(train, main, tmp_path, capsys):  # 
     for changed in ("2.png", "20.png"):  # of training, held out
         shutil.copy(other / "a" / "0.png", other / "a" / changed)
     train(rf, "--resume", run, "--steps", 5, "--dataset", other, status=2)
-    assert "the dataset is not the run's: train" in capsys.readouterr().err
+    assert "the dataset differs from the run's: train is" in capsys.readouterr().err
     main(run, "--invert", "--steps", 2)
     (tmp_path / "there").rename(tmp_path / "elsewhere")
     main(run, "--invert", "--steps", 2, "--dataset", tmp_path / "elsewhere")
     with pytest.raises(SystemExit, match="2"):
         main(run, "--invert", "--classes", "b", "--dataset", other)
-    assert "is not the run's dataset; give that by --dataset" in capsys.readouterr().err
+    assert "is not the run's dataset; set --dataset to that" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(run, "--invert")
     assert "there is no dataset" in capsys.readouterr().err
@@ -371,22 +420,7 @@ def test_a_moved_dataset_is_the_same_dataset(train, main, tmp_path, capsys):  # 
     assert facts["dataset"]["classes"] == ["a", "b"] and facts["dataset"]["test"]["images"] == 2
 
 
-def test_a_longer_run_says_that_its_learning_rate_jumps(train, capsys):
-    run = train(ddpm, "--steps", 20, "--eval-every", 0)
-    capsys.readouterr()
-    train(ddpm, "--resume", run, "--steps", 40)
-    (note,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("note")]
-    assert note == "note    other --steps or --minutes than before: learning rate 0.001, 0.0001 before"
-    train(ddpm, "--resume", run)
-    assert "learning rate" not in capsys.readouterr().out
-
-
-def test_evaluating_more_often_than_logging_warns_of_nothing(train, capsys):
-    run = train(rf, "--steps", 6, "--eval-every", 2, "--log-every", 100)
-    assert "warning" not in capsys.readouterr().out and (run / "metrics" / "curves.png").exists()
-
-
-def test_loss_that_is_not_finite_at_one_time_is_null_and_counted(train, monkeypatch):
+def test_loss_that_is_not_finite_at_one_time_is_null(train, monkeypatch):
     original = rf.loss_per_sample
 
     def sabotaged(model, x0, y, t, eps, cfg):
@@ -396,8 +430,8 @@ def test_loss_that_is_not_finite_at_one_time_is_null_and_counted(train, monkeypa
     monkeypatch.setattr(rf, "loss_per_sample", sabotaged)
     run = train(rf, "--steps", 2, "--eval-every", 1)
     text = (run / "metrics" / "val.jsonl").read_text()
-    assert "NaN" not in text and (run / "metrics" / "curves.png").exists()
-    assert all(x["loss"] is None and x["not_finite"] == 2 and x["loss_t"][1] > 0 for x in lines(run, "val"))
+    assert "NaN" not in text and len(lines(run, "val")) == 2
+    assert all(x["loss"] is x["loss_t"][0] is None and x["loss_t"][1] > 0 for x in lines(run, "val"))
 
 
 def test_classes_by_name(tmp_path, train, main, capsys):  # noqa: F811
@@ -406,24 +440,11 @@ def test_classes_by_name(tmp_path, train, main, capsys):  # noqa: F811
         for i in range(9):
             file = tmp_path / "set" / name / f"{i}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            common.save_pictures(file.with_suffix(""), torch.randn(1, 1, 16, 16), columns=1)
+            common.save_images(file.with_suffix(""), torch.randn(1, 1, 16, 16), columns=1)
     (tmp_path / "set" / "3").mkdir()
     run = train(ddpm, "--dataset", tmp_path / "set", "--steps", 2)
     names = common.yaml.safe_load((run / "run.yaml").read_text())["dataset"]["classes"]
     assert names == ["0", "1", "2", "4", "10"]
-    assert d.class_numbers(["4", "10,0"], names) == [3, 4, 0] and d.class_numbers([], names) == [
-        0,
-        1,
-        2,
-        3,
-        4,
-    ]
-    with pytest.raises(common.UserError, match="--classes is 3; give some of 0, 1, 2, 4, 10$"):
-        d.class_numbers(["3"], names)
-    pets = ["cat", "dog", "a,b", r"caf\xe9"]
-    assert d.class_numbers(["dog,0", "a,b", "caf\udce9", "3"], pets) == [1, 0, 2, 3, 3]
-    with pytest.raises(common.UserError, match=r"give some of cat, dog, a,b, caf\\xe9 \(or 0 to 3\)"):
-        d.class_numbers(["bird"], pets)
     flags = ["--steps", 1, "--num-samples", 4, "--classes", *"0 1 2 4 10".split() * 20]
     main(run, *flags)  # 100 of them: names of files have an end
     assert max(len(p.name) for p in (run / "samples").iterdir()) < 200
