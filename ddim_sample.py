@@ -29,7 +29,7 @@ from typing import Literal
 import numpy as np
 import torch
 import yaml
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 import common
@@ -490,31 +490,24 @@ def invert_images(run, flags, y, path):
 
 
 def compare(run, flags, y, path):
-    """A picture of the same noise through every solver with few and many steps, and a table of their cost."""
-    T, indices, table = run.timesteps or 1000, range(min(flags.num_samples, 10)), []
+    """A table of every solver with few and many steps from the same noise, and a picture with its rows."""
+    T, indices, table, passes = run.timesteps or 1000, range(min(flags.num_samples, 10)), [], []
     y, steps = y[indices_in(y, indices)], sorted({min(k, T) for k in (5, 10, 20, 50, 100)})
+    run.model.register_forward_hook(lambda *_: passes.append(1))
     rows = [(solver, k, 0.0) for solver in ("ddim", "dpmpp2m", "heun") for k in steps]
     for solver, k, eta in tqdm([*rows, ("ddim", T, 1.0)], disable=not sys.stderr.isatty()):
-        f = replace(flags, solver=solver, steps=k, eta=eta)
-        (eps, noise), start = noise_of(run, f, indices), time.perf_counter()
+        f, start = replace(flags, solver=solver, steps=k, eta=eta), time.perf_counter()
+        eps, noise = noise_of(run, f, indices)
+        passes.clear()
         x = to_images(run, solve(run, f, eps, y, noise)[0]).clamp(-1, 1)
-        label = f"{solver} {k}, NFE {2 * k - 1 if solver == 'heun' else k}" + ", eta 1" * (eta == 1)
+        label = f"{solver} {k}, NFE {len(passes)}" + ", eta 1" * (eta == 1)
         table.append((label, time.perf_counter() - start, x))
     reference = table[-2]  # Heun with the most steps is nearly the ODE's solution
     for label, seconds, x in table:
         distance = (x - reference[2]).square().mean().sqrt()
         distance = "" if "eta" in label else f"   RMS distance to {reference[0]}: {distance:.4f}"
         common.print0(f"{label:24} {seconds:7.2f} s{distance}")
-    zoom = max(1, 64 // x.shape[-1])
-    lines = torch.cat([torch.cat(list(x), dim=-1).expand(3, -1, -1) for _, _, x in table], dim=1)  # [3, H, W]
-    pixels = (lines.permute(1, 2, 0) * 127.5 + 127.5).round().to(torch.uint8).numpy()
-    picture = Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1))
-    sheet = Image.new("RGB", (picture.width + 160, picture.height), "white")
-    sheet.paste(picture, (160, 0))
-    for i, (label, _, _) in enumerate(table):
-        y_mid = (i + 0.5) * picture.height / len(table)
-        ImageDraw.Draw(sheet).text((6, y_mid), label, "black", anchor="lm")
-    sheet.save(f"{path}_compare.png")
+    common.save_images(f"{path}_compare", torch.cat([x for _, _, x in table]), columns=len(indices))
     common.print0(f"wrote {path}_compare.png")
 
 

@@ -369,8 +369,8 @@ def test_readme_has_each_section_once_and_only_flags_that_exist():
 def test_example_runs_can_be_run_again():
     """`--config logs/.../run.yaml` of each run in the README, by the script in its command."""
     root = Path(common.__file__).parent
-    examples = {*re.findall(r"logs/\w+/\w+[\w-]+", (root / "README.md").read_text())}
-    examples = [root / run / "run.yaml" for run in examples if "RUN" not in run]
+    examples = {*re.findall(r"logs/\w+/\w+_\d{4}-[\w-]+", (root / "README.md").read_text())}
+    examples = [root / run / "run.yaml" for run in examples]
     assert examples
     for file in examples:
         facts = common.yaml.safe_load(file.read_text())
