@@ -922,6 +922,8 @@ class Run:
 
     def truncate_logs(self):
         """Moves what was logged, saved or sampled after the checkpoint to files named .old."""
+        for file in self.dir.rglob(".*.tmp"):  # of a killed process, see write_atomically
+            file.unlink()
         for file in (self.dir / "metrics").glob("*.jsonl"):
             lines = [x for x in file.read_text().splitlines(True) if x.endswith("}\n")]  # not torn
             kept = [x for x in lines if json.loads(x)["step"] <= self.step]
