@@ -34,9 +34,10 @@ def test_digits_are_deterministic_balanced_and_split():
     assert test.images.shape == (2_000, 1, 28, 28) and test.labels.bincount().tolist() == [200] * 10
     train = {x.numpy().tobytes() for x in a.images}
     assert len(train) == 20_000 and not any(x.numpy().tobytes() in train for x in test.images)
-    # images of a class look alike: the nearest of 5,000 training images has the right label for most digits
-    nearest = torch.cdist(test.images.float().flatten(1), a.images[:5000].float().flatten(1)).argmin(1)
-    assert (a.labels[nearest] == test.labels).float().mean() > 0.8
+    # images of a class look alike: the nearest class mean of the training split is right for most digits
+    means = torch.stack([a.images[a.labels == c].float().mean(0).flatten() for c in range(10)])
+    nearest = torch.cdist(test.images.float().flatten(1), means).argmin(1)
+    assert (nearest == test.labels).float().mean() > 0.6
     assert common.load_dataset("digits", split="test", channels=3).images.shape[1:] == (3, 32, 32)
     assert common.load_dataset("digits", split="test", image_size=16).images.shape[1:] == (1, 16, 16)
 

@@ -114,7 +114,7 @@ def test_the_loop_trains_and_evaluates_as_it_says(script, train, vae, monkeypatc
     for x0, _, _, used, _ in last:
         assert same(used, state["ema"])
         near, far = (torch.cdist(x0.flatten(1)[:20], x).min(1)[0] for x in (ours, others))
-        assert (near < 0.2 * far).all(), (near, far)
+        assert near.max() < 0.2 * far.min(), (near, far)
     assert same(sampled[-1], state["ema"])
     assert any(not torch.equal(sampled[0][k], v) for k, v in state["ema"].items())  # it follows the weights
     (val,) = lines(run, "val")
