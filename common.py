@@ -388,7 +388,7 @@ def _files(root, split, size, channels, max_bytes):
     if math.prod(images.shape) > max_bytes:  # too large to read only to identify it: file sizes do
         checksums = np.array([images.file_size(i) for i in range(len(files))])
     else:
-        images, checksums = stack(THREADS.map(images.__getitem__, range(len(files))))
+        images, checksums = stack(images.decode(range(len(files))))
         if channels == 0 and all((x == x[:, :1]).all() for x in images.split(1000)):
             images = images[:, :1].contiguous()  # all are gray
     index = {c: i for i, c in enumerate(classes)}
@@ -467,12 +467,10 @@ def list_files(root):
         names = []
         for folder, subfolders, files in os.walk(root, followlinks=True):
             names += [os.path.relpath(os.path.join(folder, f), root) for f in files]
-            inside = {f: os.path.realpath(os.path.join(folder, f)) for f in subfolders}
-            here = os.path.realpath(folder)  # a link to a parent would never end; a run is not a dataset
-            run = {f for f in subfolders if os.path.exists(os.path.join(folder, f, "run.yaml"))}
-            subfolders[:] = [
-                f for f in subfolders if f not in run and not f"{here}/".startswith(inside[f] + "/")
-            ]
+            for f in [*subfolders]:  # a link to a parent would never end; a run is not a dataset
+                endless = f"{os.path.realpath(folder)}/".startswith(f"{os.path.realpath(f'{folder}/{f}')}/")
+                if endless or os.path.exists(f"{folder}/{f}/run.yaml"):
+                    subfolders.remove(f)
     else:  # its files are read one by one and never extracted: no name can lead outside
         try:
             names = [n for n in open_zip(root).namelist() if n[-1:] not in ("", "/", "\\")]
@@ -522,7 +520,14 @@ class ImageFiles:
             text = "not an image" if isinstance(e, UnidentifiedImageError) else first_line(e)
             return UserError(f"{printable(name)} ({text})")
 
+    def decode(self, indices):
+        """The items of indices. Threads help above 10 kB per file; below, they wait for Python's lock."""
+        return (THREADS.map if self.file_size(0) > 10_000 else map)(self.__getitem__, indices)
+
     def file_size(self, i):
+        """Bytes of a file, or of the image to make from a tensor."""
+        if torch.is_tensor(self.source):
+            return math.prod(self.shape[1:])
         root, name = self.source[i]
         return os.path.getsize(root / name) if root.is_dir() else open_zip(root).getinfo(name).file_size
 
@@ -566,7 +571,7 @@ def stack(decoded):
 
 def images_at(images, indices):
     """uint8 [n, C, H, W], from memory or decoded."""
-    return images[indices] if torch.is_tensor(images) else stack(THREADS.map(images.__getitem__, indices))[0]
+    return images[indices] if torch.is_tensor(images) else stack(images.decode(indices))[0]
 
 
 def class_indices(names, classes):
@@ -582,9 +587,8 @@ def evaluation_set(data, n=2048):
     """At most n random images of a split, decoded; the same at every call."""
     generator = torch.Generator().manual_seed(derive_seed("evaluate"))
     pick = torch.randperm(len(data.labels), generator=generator)[:n]
-    return replace(
-        data, images=images_at(data.images, pick.tolist()), labels=data.labels[pick], checksums=b""
-    )
+    images = images_at(data.images, pick.tolist())
+    return replace(data, images=images, labels=data.labels[pick], checksums=b"")
 
 
 @functools.lru_cache(2)
@@ -763,18 +767,15 @@ def check_code(path, script):
 
 
 def commit():
-    """The git commit, with "-dirty" if files differ from it or scripts are not in it; "" without git."""
+    """The git commit, with "-dirty" if a script differs from it or is not in it; "" without git."""
 
     def git(*arguments):
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True).stdout
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
-    try:
-        changes = git("status", "--porcelain", "--untracked-files=normal").splitlines()
-        dirty = any(not x.startswith("??") or x.endswith(".py") for x in changes)
-        return git("rev-parse", "HEAD").strip() + "-dirty" * dirty
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError):  # no git
+        return git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "-unormal", "*.py"))
+    return ""
 
 
 class Tee:
@@ -1012,11 +1013,8 @@ class Run:
         """Writes checkpoints/step_X.pt, completely or not at all, and removes all but the newest --keep."""
         if self.rank:
             return
-        state = {
-            "model": model.state_dict(),
-            "ema": ema.model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
+        state = {"model": model, "ema": ema.model, "optimizer": optimizer}
+        state = {k: v.state_dict() for k, v in state.items()}
         state |= {"step": self.step, "seconds": seconds, "skipped": self.num_skipped, "config": self.config}
         folder = self.dir / "checkpoints"
         write_atomically(folder / f"step_{self.step:08d}.pt", lambda f: torch.save(state, f))

@@ -87,9 +87,7 @@ def resolve(flags, config):
         guidance = 1.0 if flags.invert or class_dropout == 1 else getattr(config, "guidance", 1.0)
     modes = [f"--{m}" for m in ("interpolate", "invert", "compare") if getattr(flags, m)]
     mode, files, ddim = " and ".join(modes), flags.npz or flags.png, flags.solver == "ddim"
-    own = [
-        f"--{k}" for k in ("steps", "eta", "spacing", "clip_x0") if getattr(flags, k) != getattr(Config, k)
-    ]
+    own = [k for k in ("steps", "eta", "spacing", "clip_x0") if getattr(flags, k) != getattr(Config, k)]
     common.require_range(flags, "step frames interpolate", 0)
     common.require_range(flags, "num_samples bs", 1)
     common.require_range(flags, "eta", 0, 1)
@@ -107,7 +105,7 @@ def resolve(flags, config):
         (not flags.invert or ddim, "--invert uses DDIM; leave out --solver"),
         (not flags.compare or ddim, "--compare uses every solver; leave out --solver"),
         (not flags.compare or not flags.steps, "--compare has its own steps; leave out --steps"),
-        (flags.solver != "own" or not own, f"{', '.join(own)}: --solver own has none; use --set"),
+        (flags.solver != "own" or not own, f"--solver own has no {', '.join(own)}; use --set"),
         (flags.interpolate != 1, "--interpolate is 1; it must be at least 2 images per row"),
         (flags.num_samples <= 1000 or files, "--num-samples: too many for a picture; add --npz or --png"),
     ]:
@@ -252,9 +250,8 @@ def load_script(run):
     """The script in RUN/code as a module. From then on, `import common` means the copy beside it."""
     theirs = run / "code" / "common.py"
     scripts = [f for f in (run / "code").glob("*.py") if f != theirs and "build_model" in f.read_text()]
-    require(
-        len(scripts) == 1, f"{run}/code has {len(scripts)} scripts with build_model(), not one; restore it"
-    )
+    text = f"{run}/code has {len(scripts)} scripts with build_model(), not one; restore it"
+    require(len(scripts) == 1, text)
     sys.path.insert(0, str(run / "code"))
     sys.dont_write_bytecode = True  # the run's folder stays as it is
     for name, file in {"common": theirs, "run_script": scripts[0]}.items():
@@ -286,10 +283,8 @@ def load_run(path, flags):
         model = script.build_model(config)
         model.load_state_dict(state[flags.weights])
     except (ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError, RuntimeError) as e:
-        text = (
-            f"code, run.yaml and checkpoint of {folder} do not match ({common.first_line(e)}); restore them"
-        )
-        raise UserError(text) from None
+        text = f"code, run.yaml and checkpoint of {folder} do not match ({common.first_line(e)})"
+        raise UserError(f"{text}; restore them") from None
     flags, config, timesteps, conditional = resolve(flags, config)
     if flags.set and hasattr(script, "check"):
         script.check(config)
@@ -410,10 +405,8 @@ def sample(run, flags, y, path):
         pictured = []
         for i in range(done, flags.num_samples, flags.bs):
             indices = range(i, min(i + flags.bs, flags.num_samples))
-            eps, noise = noise_of(run, flags, indices)
-            x, trajectory = solve(
-                run, flags, eps, y[indices_in(y, indices)], noise, flags.frames * (i < shown)
-            )
+            (eps, noise), labels = noise_of(run, flags, indices), y[indices_in(y, indices)]
+            x, trajectory = solve(run, flags, eps, labels, noise, flags.frames * (i < shown))
             images = to_images(run, x)
             text = f"samples from {i} on are not finite; try --clip-x0 on, or more --steps"
             require(images.isfinite().all(), text)
@@ -519,9 +512,8 @@ def output_path(run, flags, given):
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--out {folder} cannot be a folder, because a file is there; use another") from None
     name = f"{run.folder.resolve().name}_" * bool(given.out) + f"step_{run.step:08d}"
-    name += (
-        f"_{flags.solver}{flags.steps or ''}" * (not given.compare) + f"_w{flags.guidance:g}_seed{flags.seed}"
-    )
+    name += f"_{flags.solver}{flags.steps or ''}" * (not given.compare)
+    name += f"_w{flags.guidance:g}_seed{flags.seed}"
     for key in "eta spacing guidance_interval clip_x0 set weights num_samples classes interpolate".split():
         if (value := getattr(given, key)) != getattr(Config(), key):
             value = "-".join(map(str, value)) if isinstance(value, tuple) else value

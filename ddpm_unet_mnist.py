@@ -84,7 +84,6 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = resumable("auto")  # auto = the fastest available
     dtype: Literal["auto", "float32", "bfloat16"] = resumable("auto")  # auto = bfloat16 if supported
     compile: Literal["auto", "on", "off"] = resumable("auto")  # torch.compile; auto = if the run is long
-    channels_last: bool = True  # memory format of the feature maps
     grad_checkpoint: bool = resumable(False)  # recompute blocks in backward: less memory, a third slower
     # derived from the dataset
     shape: tuple[int, ...] = derived((1, 28, 28))
@@ -242,8 +241,7 @@ class UNet(nn.Module):
         return self.head(h)
 
 
-def build_model(cfg):
-    return UNet(cfg)
+build_model = UNet
 
 
 # ------------------------------------------------------------------------------------------------
@@ -419,8 +417,7 @@ def train(cfg):
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(derive_seed(cfg.seed, "init"))
-    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    model = build_model(cfg).to(device, memory_format=layout)
+    model = build_model(cfg).to(device, memory_format=torch.channels_last)
     ema = common.EMA(model, cfg.ema_decay)
     matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == m] for m in (True, False))
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -436,6 +433,7 @@ def train(cfg):
         """This rank's micro-batches [(x0, y, t, eps), ...]. Noise and times are drawn for the global batch
         from (seed, step), so they depend neither on resuming nor on the number of processes."""
         x0, y = batches(step)
+        x0 = x0.contiguous(memory_format=torch.channels_last)
         generator = torch.Generator(device).manual_seed(derive_seed(cfg.seed, "noise", step))
         eps = torch.randn(cfg.bs, *cfg.shape, generator=generator, device=device)[batches.rank_slice]
         u = torch.rand(2, cfg.bs, generator=generator, device=device)[:, batches.rank_slice]
@@ -443,7 +441,6 @@ def train(cfg):
         drop = u[1] < cfg.class_dropout
         y = torch.where(drop.view(-1, *[1] * (y.ndim - 1)), null(y, cfg), y)
         torch.manual_seed(derive_seed(cfg.seed, "dropout", step, rank))  # of all other random numbers
-        x0 = x0.contiguous(memory_format=layout)
         return list(zip(*(v.chunk(cfg.grad_accum) for v in (x0, y, t, eps)), strict=True))
 
     # Errors in evaluation and sampling show now and not after hours; the first pass compiles.

@@ -305,9 +305,8 @@ def encode_dataset(data, vae, cfg, split, device, rank=0, world=1):
     """
     bf16, flip = common.supports_bf16(device), cfg.flip == "on" and split == "train"
     key = (data.fingerprint(), data.images.shape, cfg.vae_hash, cfg.shape, cfg.latent_mode, flip, bf16)
-    folder = (
-        cache_folder(cfg) / f"{data.name[:40]}_{split}_{data.images.shape[-1]}px_{derive_seed(*key):016x}"
-    )
+    name = f"{data.name[:40]}_{split}_{data.images.shape[-1]}px_{derive_seed(*key):016x}"
+    folder = cache_folder(cfg) / name
     folder.mkdir(parents=True, exist_ok=True)
     n = len(data.labels)
     files = [folder / f"{i:08d}.npy" for i in range(0, n, CHUNK)]
@@ -354,9 +353,7 @@ class Latents:
         indices, hflip = (v[self.rank_slice] for v in (self.order.indices(step), self.order.hflip(step)))
         views = hflip.long() % self.chunks[0].shape[1]
         if self.on_gpu is not None:
-            latents = self.on_gpu[
-                common.to_device(indices, self.device), common.to_device(views, self.device)
-            ]
+            latents = self.on_gpu[tuple(common.to_device(i, self.device) for i in (indices, views))]
         else:
             rows = zip(indices.tolist(), views.tolist(), strict=True)
             latents = torch.from_numpy(np.stack([self.chunks[i // CHUNK][i % CHUNK, v] for i, v in rows]))
@@ -422,9 +419,7 @@ def attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def norm(dim):
-    """LayerNorm without weights: adaLN scales and shifts."""
-    return nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
+norm = functools.partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)  # adaLN scales and shifts
 
 
 class Block(nn.Module):
@@ -497,8 +492,7 @@ class DiT(nn.Module):
         return unpatchify(self.final_linear(self.norm(h) * (1 + scale) + shift), self.patch)
 
 
-def build_model(cfg):
-    return DiT(cfg)
+build_model = DiT
 
 
 # ------------------------------------------------------------------------------------------------
@@ -591,9 +585,8 @@ def sample(model, x, y, cfg, noise=None, frames=12):
     x = x * math.hypot(*(float(c) for c in path(torch.tensor(1.0), cfg)))  # the path's own noise
     for i in range(steps):
         t, s = (torch.full((len(x),), 1 - k / steps, device=x.device) for k in (i, i + 1))
-        w = (
-            cfg.guidance if low <= 1 - i / steps <= high else 1.0
-        )  # Kynkaanniemi et al. 2024, arXiv:2404.07724
+        guided = low <= 1 - i / steps <= high  # Kynkaanniemi et al. 2024, arXiv:2404.07724
+        w = cfg.guidance if guided else 1.0
         x0, eps = predict(model, x, t, y, cfg, w, s)
         alpha, sigma = (c.view(-1, 1, 1, 1) for c in path(s, cfg))
         x = alpha * x0 + sigma * eps

@@ -158,9 +158,7 @@ def attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def norm(dim):
-    """LayerNorm without weights: adaLN scales and shifts."""
-    return nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
+norm = functools.partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)  # adaLN scales and shifts
 
 
 class Block(nn.Module):
@@ -233,8 +231,7 @@ class DiT(nn.Module):
         return unpatchify(self.final_linear(self.norm(h) * (1 + scale) + shift), self.patch)
 
 
-def build_model(cfg):
-    return DiT(cfg)
+build_model = DiT
 
 
 # ------------------------------------------------------------------------------------------------

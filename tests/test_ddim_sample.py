@@ -369,7 +369,7 @@ def trained(tmp_path_factory):
     """A run of a fork with a backbone and a flag of its own: a few steps, two checkpoints."""
     home = tmp_path_factory.mktemp("fork")
     shutil.copy(common.__file__, home)
-    text = Path(ddpm.__file__).read_text().replace("def build_model(cfg):\n    return UNet(cfg)\n", FORK)
+    text = Path(ddpm.__file__).read_text().replace("build_model = UNet\n", FORK)
     text = text.replace("    width: int", "    hidden: int = 8  # channels\n    width: int", 1)
     text = text.replace(
         "    sampling_steps: int", "    churn: float = 1.0  # of noise\n    sampling_steps: int"
@@ -835,7 +835,7 @@ def damaged(run, how):
         (
             "",
             "--solver own --steps 3 --spacing karras",
-            "--steps, --spacing: --solver own has none; use --set",
+            "--solver own has no steps, spacing; use --set",
         ),
         ("", "--step 30", "no checkpoint of --step 30; there are 20, 40"),
         ("", "--interpolate 1", "--interpolate is 1"),

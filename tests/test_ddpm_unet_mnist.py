@@ -358,7 +358,7 @@ def test_minutes_end_a_run_annealed(tmp_path, monkeypatch):
         "--objective x0 --min-snr 5 --zero-snr",
         "--grad-accum 4",
     ]
-    + ["--class-dropout 1", "--class-dropout 0 --guidance 1", "--channels 3 --no-channels-last --dropout 0.1"]
+    + ["--class-dropout 1", "--class-dropout 0 --guidance 1", "--channels 3 --dropout 0.1"]
     + ["--grad-checkpoint --attention 8 --dtype bfloat16 --timesteps 100"],
 )
 def test_flags_train_and_sample(tmp_path, monkeypatch, flags):
