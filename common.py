@@ -522,7 +522,10 @@ class ImageFiles:
 
     def decode(self, indices):
         """The items of indices. Threads help above 10 kB per file; below, they wait for Python's lock."""
-        return (THREADS.map if self.file_size(0) > 10_000 else map)(self.__getitem__, indices)
+        large = False
+        with contextlib.suppress(OSError):  # a broken link, which __getitem__ names
+            large = self.file_size(0) > 10_000
+        return (THREADS.map if large else map)(self.__getitem__, indices)
 
     def file_size(self, i):
         """Bytes of a file, or of the image to make from a tensor."""
@@ -767,14 +770,15 @@ def check_code(path, script):
 
 
 def commit():
-    """The git commit, with "-dirty" if a script differs from it or is not in it; "" without git."""
+    """The git commit, with "-dirty" if files differ from it or scripts are not in it; "" without git."""
 
     def git(*arguments):
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     with contextlib.suppress(OSError):  # no git
-        return git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "-unormal", "*.py"))
+        changes = git("status", "--porcelain", "--untracked-files=normal").splitlines()
+        return git("rev-parse", "HEAD") + "-dirty" * any(x[:2] != "??" or x.endswith(".py") for x in changes)
     return ""
 
 

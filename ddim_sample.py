@@ -88,6 +88,7 @@ def resolve(flags, config):
     modes = [f"--{m}" for m in ("interpolate", "invert", "compare") if getattr(flags, m)]
     mode, files, ddim = " and ".join(modes), flags.npz or flags.png, flags.solver == "ddim"
     own = [k for k in ("steps", "eta", "spacing", "clip_x0") if getattr(flags, k) != getattr(Config, k)]
+    own = ", ".join(f"--{k.replace('_', '-')}" for k in own)
     common.require_range(flags, "step frames interpolate", 0)
     common.require_range(flags, "num_samples bs", 1)
     common.require_range(flags, "eta", 0, 1)
@@ -105,7 +106,7 @@ def resolve(flags, config):
         (not flags.invert or ddim, "--invert uses DDIM; leave out --solver"),
         (not flags.compare or ddim, "--compare uses every solver; leave out --solver"),
         (not flags.compare or not flags.steps, "--compare has its own steps; leave out --steps"),
-        (flags.solver != "own" or not own, f"--solver own has no {', '.join(own)}; use --set"),
+        (flags.solver != "own" or not own, f"--solver own has no {own}; use --set"),
         (flags.interpolate != 1, "--interpolate is 1; it must be at least 2 images per row"),
         (flags.num_samples <= 1000 or files, "--num-samples: too many for a picture; add --npz or --png"),
     ]:

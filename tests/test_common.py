@@ -315,6 +315,9 @@ def test_a_commit_is_dirty_with_a_script_that_is_not_in_git_and_empty_without_gi
     assert re.fullmatch("[0-9a-f]{40}", clean)
     (tmp_path / "my_idea.py").write_text("")
     assert common.commit() == f"{clean}-dirty"
+    (tmp_path / "my_idea.py").unlink()
+    subprocess.run([*git, "add", "photo.png"], check=True)
+    assert common.commit() == f"{clean}-dirty"
     monkeypatch.setenv("PATH", "")
     assert common.commit() == ""
 

@@ -834,8 +834,8 @@ def damaged(run, how):
         ("", "--solver own --set sampling_steps=1001", "--sampling-steps .1001. must be at most"),
         (
             "",
-            "--solver own --steps 3 --spacing karras",
-            "--solver own has no steps, spacing; use --set",
+            "--solver own --steps 3 --spacing karras --clip-x0 on",
+            "--solver own has no --steps, --spacing, --clip-x0; use --set",
         ),
         ("", "--step 30", "no checkpoint of --step 30; there are 20, 40"),
         ("", "--interpolate 1", "--interpolate is 1"),
