@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import typing
 import zipfile
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 # ------------------------------------------------------------------------------------------------
 # Errors and flags
@@ -188,8 +189,9 @@ def _options(name, hint, default):
         return {"action": argparse.BooleanOptionalAction}
     if origin is typing.Literal:  # --compile alone means --compile on
         return {"choices": choices} | ({"nargs": "?", "const": "on"} if "on" in choices else {})
-    if origin is tuple:
-        return {"nargs": "*" if choices[-1] is ... else len(choices), "type": choices[0], "metavar": "N"}
+    if origin is tuple:  # --prompt A --prompt B is --prompt A B; of numbers, the last list counts
+        many = {"nargs": "*" if choices[-1] is ... else len(choices), "type": choices[0], "metavar": "N"}
+        return many | {"action": "extend", "metavar": "TEXT"} if choices[0] is str else many
     if hint in (int, float, str):
         return {"type": hint, "metavar": hint.__name__.upper()}
     raise TypeError(f"{name} is {hint}; a flag is a bool, int, float, str, Literal or tuple")
@@ -280,6 +282,14 @@ HELD_OUT = ("test", "testing", "val", "valid", "validation")  # the first that e
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 THREADS = ThreadPoolExecutor(max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # decode images
 
+DIGITS = {  # attributes of drawn digits and their names in captions
+    "digit": "zero one two three four five six seven eight nine".split(),
+    "weight": ["thin", "medium", "bold"],
+    "lean": ["left", "upright", "right"],
+    "pen": "white red orange yellow lime cyan pink violet".split(),  # bright colours of CSS
+    "paper": "black navy maroon teal gray".split(),  # dark ones
+}
+
 
 @dataclass
 class Dataset:
@@ -291,6 +301,7 @@ class Dataset:
     classes: list[str]  # of the training split
     files: list[str] = field(default_factory=list)
     checksums: bytes = b""  # of the files, or of the images before they were resized
+    captions: list[list[str]] = field(default_factory=list)  # of each image, or none at all
 
     def fingerprint(self):
         """16 hex digits that identify images and labels, independent of where they are stored."""
@@ -298,12 +309,13 @@ class Dataset:
         return hashlib.blake2b(content + self.labels.numpy().tobytes(), digest_size=8).hexdigest()
 
 
-def load_dataset(name, data_root="", split="train", image_size=0, channels=0, max_bytes=None):
+def load_dataset(name, data_root="", split="train", image_size=0, channels=0, max_bytes=None, captions=False):
     """The "train" or "test" split of mnist, cifar10, digits, or of a folder or .zip of images.
 
     data_root: folder of mnist and cifar10 (default $DIFFUSION_DATA, else data/). image_size: side in pixels,
     channels: 1 or 3; 0 takes those of the training split. Raises UserError if the dataset cannot be found,
     downloaded or read, or if it is ambiguous. Images of more than max_bytes (MAX_BYTES) stay on the disk.
+    captions: also read these, see read_captions.
     """
     max_bytes = MAX_BYTES if max_bytes is None else max_bytes
     require(channels in (0, 1, 3), f"--channels is {channels}; it must be 1 (gray), 3 (colour) or 0 (any)")
@@ -311,7 +323,7 @@ def load_dataset(name, data_root="", split="train", image_size=0, channels=0, ma
     if name not in BUILT_IN:
         text = f"there is no dataset {name or repr(name)}; use mnist, cifar10, digits, or a folder or .zip"
         require(name and Path(name).exists(), f"{text} of images")
-        return _files(Path(os.path.abspath(name)), split, image_size, channels, max_bytes)
+        return _files(Path(os.path.abspath(name)), split, image_size, channels, max_bytes, captions)
     text = f"{name} is a built-in dataset, and also a folder here; use ./{name} for the folder, or rename it"
     require(not Path(name).exists(), text)
     if name == "digits":
@@ -347,33 +359,57 @@ def _torchvision(name, root, split):
 
 
 def _digits(split, size, channels):
-    """MNIST-like digits drawn with Pillow's own font: no download, and the same at every call."""
+    """MNIST-like digits drawn with Pillow's own font, with captions: no download, the same at every call.
+
+    In colour, a fifth of the combinations of digit, pen and paper never occurs in the training split, and
+    makes up half of the held-out one: those whose indices in DIGITS have a sum divisible by 5.
+    """
     n = {"train": 20_000, "test": 2_000}[split]
     rng, font, glyphs = np.random.default_rng(derive_seed("digits", split)), ImageFont.load_default(64), {}
-    for digit, stroke in np.ndindex(10, 4):
-        glyph = glyphs[digit, stroke] = Image.new("L", (96, 96))
-        ImageDraw.Draw(glyph).text((48, 48), str(digit), 255, font, anchor="mm", stroke_width=stroke)
-    low, high = [-0.3, -0.3, 0.85, 0.9, -0.09, -0.09], [0.3, 0.3, 1.25, 1.2, 0.09, 0.09]
+    digit, unseen = np.arange(n) % 10, np.arange(n) // 10 % 2 * (split == "test")
+    weight, lean, pen = (rng.integers(0, len(DIGITS[k]), n) for k in ("weight", "lean", "pen"))
+    paper = (np.where(unseen, 0, rng.integers(1, 5, n)) - digit - pen) % 5
+    for d, w in np.ndindex(10, 3):
+        glyph = glyphs[d, w] = Image.new("L", (96, 96))
+        ImageDraw.Draw(glyph).text((48, 48), str(d), 255, font, anchor="mm", stroke_width=2 * w)
+    low, high = [-0.08, -0.1, 0.85, 0.9, -0.09, -0.09], [0.08, 0.1, 1.25, 1.2, 0.09, 0.09]
     angle, shear, zoom, aspect, dx, dy = rng.uniform(low, high, (n, 6)).T
-    stroke, images = rng.integers(0, 4, n), np.empty((n, size, size, channels), np.uint8)
-    for i in range(n):
+    shear, images, captions = shear + 0.4 * (lean - 1), np.empty((n, size, size, channels), np.uint8), []
+    for i, indices in enumerate(zip(digit, weight, lean, pen, paper, strict=True)):
         # Pixel (u, v) shows the glyph at 48 + M ((u, v) - centre), at twice the size, then averaged.
         rotation = np.array([[np.cos(angle[i]), -np.sin(angle[i])], [np.sin(angle[i]), np.cos(angle[i])]])
         m = 31 / size * zoom[i] * rotation @ np.array([[1, shear[i]], [0, aspect[i]]])
         shift = 48 - m @ [size * (1 + 2 * dx[i]), size * (1 + 2 * dy[i])]
         affine = (*m[0], shift[0], *m[1], shift[1])
-        large = glyphs[i % 10, stroke[i]].transform((2 * size,) * 2, Image.AFFINE, affine, Image.BILINEAR)
+        large = glyphs[indices[:2]].transform((2 * size,) * 2, Image.AFFINE, affine, Image.BILINEAR)
         ink = np.asarray(large).reshape(size, 2, size, 2).mean((1, 3))[..., None] / 255
         ink = ink * rng.normal(1, 0.06, (size, size, 1))
-        paper, pen = (0, 255) if channels == 1 else (rng.uniform(0, 90, 3), rng.uniform(150, 255, 3))
-        images[i] = np.clip(paper + (pen - paper) * ink, 0, 255)
+        words = [names[k] for names, k in zip(DIGITS.values(), indices, strict=True)]
+        front, back = (ImageColor.getrgb(w) + rng.uniform(-10, 10, 3) for w in words[3:])
+        front, back = (255, 0) if channels == 1 else (front, back)
+        images[i] = np.clip(back + (front - back) * ink, 0, 255)
+        captions.append([describe(words if channels == 3 else [*words[:3], "", ""], rng)])
     images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return Dataset("digits", images, torch.arange(n) % 10, [str(d) for d in range(10)])
+    return Dataset("digits", images, torch.arange(n) % 10, [*map(str, range(10))], captions=captions)
 
 
-def _files(root, split, size, channels, max_bytes):
-    """A folder or .zip of images; see find_images and decode_image."""
+def describe(words, rng, keep=0.85):
+    """Names of digit, weight, lean, pen and paper (or "") -> a caption. The digit is a figure half of the
+    time, and each of the others is left out with probability 1 - keep."""
+    weight, lean, pen, paper = (w if rng.random() < keep else "" for w in words[1:])
+    digit = words[0] if rng.random() < 0.5 else str(DIGITS["digit"].index(words[0]))
+    lean = f"leaning {lean}" if lean in ("left", "right") else lean
+    ink, ground = pen and f"in {pen}", paper and f"on {paper} paper"
+    patterns = [("a", weight, pen, digit, lean, ground), (digit, ink, ground, weight, lean)]
+    patterns += [(ground, weight, digit, ink, lean)]
+    return " ".join(part for part in patterns[rng.integers(3)] if part)
+
+
+def _files(root, split, size, channels, max_bytes, captions=False):
+    """A folder or .zip of images; see find_images, decode_image and read_captions."""
     splits, ignored = find_images(root)
+    if captions:  # read_captions names those of no image
+        del ignored[".txt"], ignored[".jsonl"]
     if ignored and split == "train":
         print0(f"note    ignored in {root}: {', '.join(f'{n} {kind}' for kind, n in ignored.most_common(6))}")
     classes = sorted({c for c, _ in splits["train"]}, key=natural)
@@ -394,8 +430,9 @@ def _files(root, split, size, channels, max_bytes):
     index = {c: i for i, c in enumerate(classes)}
     labels = torch.tensor([index[c] for c, _ in splits[split]])
     name = printable(root.name.removesuffix(".zip")) or "images"
-    names = [printable(f) for _, f in files]
-    return Dataset(name, images, labels, [c or name for c in classes], names, checksums.tobytes())
+    names, classes = [printable(f) for _, f in files], [c or name for c in classes]
+    found = read_captions(splits, split) if captions else []
+    return Dataset(name, images, labels, classes, names, checksums.tobytes(), found)
 
 
 def find_images(root):
@@ -412,7 +449,7 @@ def find_images(root):
     images, paths, ignored = [], [], Counter()  # (root, name) of images, and their folders and names
     for place in places:
         for name in list_files(place):
-            parts = tuple(printable(p) for p in re.split(r"[/\\]", name) if p not in ("", ".", ".."))
+            parts = path_parts(name)
             text = f"{place} has labels in dataset.json, which is not supported; make one folder per class"
             require(parts[-1] != "dataset.json", text)
             if (suffix := os.path.splitext(parts[-1])[1].lower()) in kinds:
@@ -480,6 +517,62 @@ def list_files(root):
     return sorted((n for n in names if not hidden.search(n)), key=natural)
 
 
+def read_captions(splits, split):
+    """Captions of the images of a split of find_images -> [[text, ...], ...], or [] if there are none at all.
+
+    In any folder, metadata.jsonl may hold {"file_name": NAME, "text": TEXT or [TEXT, ...]} per line, and
+    NAME.txt beside an image is its caption. Prints what is missing. Raises UserError.
+    """
+    images = {(root, *path_parts(name)) for items in splits.values() for _, (root, name) in items}
+    captions, beside, empty, lost = {image: [] for image in images}, {}, [], []
+    for image in images:
+        beside.setdefault((*image[:-1], os.path.splitext(image[-1])[0]), []).append(image)
+    for root in sorted({image[0] for image in images}):
+        for name in list_files(root):
+            *folder, last = parts = path_parts(name)
+            stem, suffix = os.path.splitext(last)
+            if suffix.lower() not in (".txt", ".jsonl"):
+                continue
+            try:
+                data = read_bytes(root, name)
+                if last == "metadata.jsonl":
+                    found = [json.loads(line) for line in data.splitlines() if line.strip()]
+                    found = [((root, *folder, *path_parts(x["file_name"])), x["text"]) for x in found]
+                else:
+                    same = beside.get((root, *folder, stem), [(root, *parts)])
+                    found = [(image, data.decode("utf-8-sig")) for image in same]
+                found = [(image, text if isinstance(text, list) else [text]) for image, text in found]
+                found = [(image, [" ".join(t.split()).encode().decode() for t in ts]) for image, ts in found]
+            except Exception as e:  # nearly anything
+                text = f"{root}: cannot read captions from {printable(name)} ({first_line(e)})"
+                raise UserError(
+                    f'{text}; write UTF-8, as in {{"file_name": "1.jpg", "text": "a cat"}}'
+                ) from None
+            for image, texts in found:
+                empty += ["/".join(image[1:])] * texts.count("")
+                lost += ["/".join(image[1:])] * (image not in captions)
+                captions.setdefault(image, []).extend(text for text in texts if text)
+    if not any(captions[image] for image in images):
+        return []
+    names = [(root, *path_parts(name)) for _, (root, name) in splits[split]]
+    kinds = {"images have no caption": ["/".join(image[1:]) for image in names if not captions[image]]}
+    if split == "train":
+        kinds |= {"captions are empty": empty, "captions name no image": lost}
+    if kinds := [f"{len(v)} {kind} ({v[0]})" for kind, v in kinds.items() if v]:
+        print0(f"note    {split}: {', '.join(kinds)}")
+    return [captions[image] for image in names]
+
+
+def path_parts(name):
+    """Folders and name of a file in a folder or .zip, as they can be printed."""
+    return tuple(printable(p) for p in re.split(r"[/\\]", name) if p not in ("", ".", ".."))
+
+
+def read_bytes(root, name):
+    """A file in a folder or .zip."""
+    return (root / name).read_bytes() if root.is_dir() else open_zip(root).read(name)
+
+
 def natural(text):
     """Sort key for which 2 comes before 10."""
     return re.sub(r"[0-9]+", lambda digits: digits[0].zfill(20), text), text
@@ -514,7 +607,7 @@ class ImageFiles:
         root, name = self.source[i]
         try:
             require(self.file_size(i) < 1 << 28, "larger than 256 MiB")
-            data = (root / name).read_bytes() if root.is_dir() else open_zip(root).read(name)
+            data = read_bytes(root, name)
             return decode_image(data, size, channels), zlib.crc32(data)
         except Exception as e:  # damaged files raise nearly anything
             text = "not an image" if isinstance(e, UnidentifiedImageError) else first_line(e)
@@ -591,7 +684,8 @@ def evaluation_set(data, n=2048):
     generator = torch.Generator().manual_seed(derive_seed("evaluate"))
     pick = torch.randperm(len(data.labels), generator=generator)[:n]
     images = images_at(data.images, pick.tolist())
-    return replace(data, images=images, labels=data.labels[pick], checksums=b"")
+    captions = [data.captions[i] for i in pick.tolist()] if data.captions else []
+    return replace(data, images=images, labels=data.labels[pick], captions=captions, checksums=b"")
 
 
 @functools.lru_cache(2)
@@ -884,8 +978,10 @@ class Run:
         if self.rank:
             return
         shape, num = "x".join(map(str, data.images.shape[1:])), sum(p.numel() for p in model.parameters())
-        splits = {"train": data, "test": held_out}
-        splits = {k: {"images": len(v.labels), "fingerprint": v.fingerprint()} for k, v in splits.items()}
+        splits = {}
+        for k, v in {"train": data, "test": held_out}.items():
+            splits[k] = {"images": len(v.labels), "fingerprint": v.fingerprint()}
+            splits[k] |= {"captions": f"{derive_seed(v.captions):016x}"} if v.captions else {}
         facts = {
             "command": " ".join(sys.argv),
             "commit": commit(),
@@ -1055,16 +1151,23 @@ def check_finite(x):
     require(x.isfinite().all(), f"{text} with a lower --lr")
 
 
-def save_images(path, images, trajectory=(), columns=10):
-    """PATH.png: images [N, C, H, W] in [-1, 1] as a grid. PATH.gif: a list of such, 50 images of each."""
+def save_images(path, images, trajectory=(), columns=10, captions=()):
+    """PATH.png: images [N, C, H, W] in [-1, 1] as a grid. PATH.gif: a list of such, 50 images of each.
+
+    captions: texts to print below the images.
+    """
     from torchvision.utils import make_grid
 
     check_finite(images)
+    zoom = max(1, 64 // images.shape[-1])
+    strips = draw_captions(captions, zoom * images.shape[-1])
 
     def grid(x):
-        x = make_grid(x.float().cpu().clamp(-1, 1), columns, padding=2, pad_value=1)
-        image = Image.fromarray((x * 127.5 + 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy())
-        return ImageOps.scale(image, max(1, 64 // images.shape[-1]), Image.Resampling.NEAREST)
+        x = x.float().cpu().clamp(-1, 1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+        if len(captions):
+            x = torch.cat([x.expand(-1, 3, -1, -1), strips[: len(x)]], 2)
+        x = make_grid(x, columns, padding=2 * zoom, pad_value=1)
+        return Image.fromarray((x * 127.5 + 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
     grid(images).save(f"{path}.png")
     if len(trajectory):
@@ -1072,3 +1175,14 @@ def save_images(path, images, trajectory=(), columns=10):
         first, *others = [grid(x[:50]).quantize(colours, dither=Image.Dither.NONE) for x in trajectory]
         durations = [4000 // len(trajectory)] * len(others) + [2000]  # in ms; rests on the last
         first.save(f"{path}.gif", save_all=True, append_images=others, duration=durations, loop=0)
+
+
+def draw_captions(captions, width):
+    """Black on white, wrapped to a width in pixels, at most 8 lines -> [N, 3, height, width] in [-1, 1]."""
+    lines = [textwrap.wrap(c, width // 6, max_lines=8, placeholder="...") for c in captions]
+    strips = np.full((len(lines), 13 * max(map(len, lines), default=0) + 2, width, 3), 255, np.uint8)
+    for strip, text in zip(strips, lines, strict=True):
+        image = Image.fromarray(strip)
+        ImageDraw.Draw(image).text((1, 0), "\n".join(text), "black", ImageFont.load_default(10), spacing=2)
+        strip[:] = np.asarray(image)
+    return torch.from_numpy(strips).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -8,6 +8,7 @@ executed, so only sample runs that you trust.
     python ddim_sample.py RUN                                       100 samples, classes in turn
     python ddim_sample.py RUN --solver dpmpp2m --steps 12           similar, with a quarter of the passes
     python ddim_sample.py RUN --solver own --set sampling_steps=20  the script's own sample()
+    python ddim_sample.py RUN --prompt "a thin white 3"             images of a caption (runs with --text on)
     python ddim_sample.py RUN --num-samples 50000 --bs 500 --npz    for FID tools; continues if interrupted
     python ddim_sample.py RUN --interpolate 10                      rows between the noise of two samples
     python ddim_sample.py RUN --invert                              held-out images to noise and back
@@ -55,6 +56,8 @@ class Config:
     # what
     num_samples: int = 100  # number of samples
     classes: tuple[str, ...] = ()  # names or numbers of classes, used in turn; default all
+    prompt: tuple[str, ...] = ()  # captions of the samples, used in turn; default ten training captions
+    prompts: str = ""  # file of prompts, one per line
     seed: int = 0  # random seed; sample i depends on (seed, i) only
     bs: int = 100  # batch size
     interpolate: int = 0  # images per row, from the noise of one sample to that of another
@@ -77,10 +80,18 @@ def resolve(flags, config):
     """(flags, config of the run, its timesteps or None, whether it is conditional). Raises UserError.
 
     All that is read from a run's Config, beyond the functions of its script, is read here. A script without
-    these fields gets the defaults: continuous time, no null condition, guidance 1, no clipping.
+    these fields gets the defaults: continuous time, no null condition, guidance 1, no clipping, no prompts.
     """
     config = replace(config, **parse_settings(flags.set, type(config)))
     timesteps, class_dropout = getattr(config, "timesteps", None), getattr(config, "class_dropout", 0)
+    captions, typed = tuple(getattr(config, "prompts", ())), tuple(map(common.printable, flags.prompt))
+    if flags.prompts:
+        try:
+            lines = Path(flags.prompts).read_text("utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"--prompts: {flags.prompts} is not in UTF-8; save it as such") from None
+        typed += tuple(line.strip() for line in lines if line.strip())
+        require(typed, f"--prompts: {flags.prompts} has no prompt; write one per line")
     clip, predicts_eps = getattr(config, "clip_x0", False), getattr(config, "objective", "") == "eps"
     guidance, (low, high) = flags.guidance, flags.guidance_interval
     if guidance == -1:  # inversion is unstable under guidance (Mokady et al. 2022)
@@ -99,6 +110,9 @@ def resolve(flags, config):
         (class_dropout > 0 or guidance == 1, "--guidance needs a run with --class-dropout; use --guidance 1"),
         (class_dropout < 1 or guidance == 1, "--guidance: the run is unconditional; leave it out"),
         (class_dropout < 1 or not flags.classes, "--classes: the run is unconditional; leave it out"),
+        (class_dropout < 1 or not typed, "--prompt: the run is unconditional; leave it out"),
+        (captions or not typed, "--prompt: the run was trained on classes; use --classes"),
+        (not captions or not flags.classes, "--classes: the run was trained on captions; use --prompt"),
         (len(modes) < 2, f"{mode} exclude each other; use one of them"),
         (not modes or not files, f"{mode} only draws pictures; leave out --npz and --png"),
         (not modes or not flags.eta, f"{mode} needs samplers without noise; leave out --eta"),
@@ -117,6 +131,7 @@ def resolve(flags, config):
     clip = flags.clip_x0 if flags.clip_x0 != "auto" else "on" if clip and not flags.invert else "off"
     steps = flags.steps or min(STEPS[flags.solver], timesteps or math.inf)
     flags = replace(flags, steps=steps, spacing=spacing, guidance=float(guidance), clip_x0=clip)
+    flags = replace(flags, prompt=typed or captions * (class_dropout < 1))
     for name in {"guidance", "guidance_interval"} & {f.name for f in fields(config)}:  # for --solver own
         config = replace(config, **{name: getattr(flags, name)})
     return flags, config, timesteps, class_dropout < 1
@@ -360,12 +375,12 @@ def to_images(run, x):
     return torch.cat([run.script.decode(z.to(run.device), run.config).float().cpu() for z in x.split(50)])
 
 
-def draw_grid(run, path, x, columns=10, **trajectories):
+def draw_grid(run, path, x, captions=(), columns=10, **trajectories):
     """PATH.png, and PATH_NAME.gif of each trajectory."""
     images = to_images(run, x)
-    common.save_images(path, images, columns=columns)
+    common.save_images(path, images, columns=columns, captions=captions)
     for name, frames in trajectories.items():
-        common.save_images(f"{path}_{name}", images, [to_images(run, v) for v in frames], columns)
+        common.save_images(f"{path}_{name}", images, [to_images(run, v) for v in frames], columns, captions)
         Path(f"{path}_{name}.png").unlink()
     common.print0(f"wrote {path}.png" + "".join(f", _{name}.gif" for name in trajectories))
 
@@ -381,11 +396,15 @@ def sample(run, flags, y, path):
     nfe, guided = count_passes(run, flags, y)
     guided = f", {guided} of them doubled by guidance" * (guided > 0)
     common.print0(f"NFE {nfe} network passes per sample{guided}")
-    keys = "solver steps spacing eta guidance guidance_interval clip_x0 set weights num_samples classes seed"
+    keys = (
+        "solver steps spacing eta guidance guidance_interval clip_x0 set weights num_samples classes prompt"
+    )
     settings = {"run": run.folder.resolve().name, "step": run.step, "nfe": nfe, "shape": [H, W, C]}
-    settings |= {k: getattr(flags, k) for k in keys.split()} | {"rounding": "round(127.5 x + 127.5)"}
+    settings |= {k: getattr(flags, k) for k in keys.split()} | {"seed": flags.seed}
+    settings |= {"rounding": "round(127.5 x + 127.5)"}
     settings = json.dumps(settings)
     header, size, part = f"{settings}\n".encode(), H * W * C, Path(f"{path}.part")
+    prompts = [flags.prompt[i % len(flags.prompt)] for i in range(flags.num_samples) if flags.prompt]
     shown = min(flags.num_samples, 100) if flags.npz or flags.png else flags.num_samples  # in the pictures
 
     with open(part, "a+b") as file:
@@ -416,7 +435,8 @@ def sample(run, flags, y, path):
             if i < shown <= indices.stop:
                 x = torch.cat([x for x, _ in pictured])[:shown]
                 frames = {k: zip(*(t[k] for _, t in pictured), strict=True) for k in trajectory}
-                draw_grid(run, path, x, **{k: [torch.cat(v)[:shown] for v in f] for k, f in frames.items()})
+                frames = {k: [torch.cat(v)[:shown] for v in f] for k, f in frames.items()}
+                draw_grid(run, path, x, prompts[:shown], **frames)
             pixels = (images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
             file.write(pixels.permute(0, 2, 3, 1).numpy().tobytes())
             file.flush()
@@ -425,9 +445,10 @@ def sample(run, flags, y, path):
         bar.close()
         pixels = np.memmap(part, np.uint8, "r", len(header), (flags.num_samples, H, W, C))
         if flags.npz:
-            labels = y[indices_in(y, range(flags.num_samples))].numpy()
-            labels = labels if run.conditional else np.full_like(labels, -1)
+            classes = run.conditional and not prompts
+            labels = y[indices_in(y, range(len(pixels)))].numpy() if classes else np.full(len(pixels), -1)
             arrays = {"arr_0": pixels, "arr_1": labels, "protocol": settings}
+            arrays |= {"prompts": prompts} if prompts else {}
             common.write_atomically(Path(f"{path}.npz"), lambda f: np.savez(f, **arrays))
             common.print0(f"wrote {path}.npz")
         if flags.png:
@@ -452,7 +473,7 @@ def interpolate(run, flags, y, path):
     parts = zip(eps.split(flags.bs), y.split(flags.bs), strict=True)
     x = torch.cat([solve(run, flags, e, c)[0].cpu() for e, c in parts])
     frames = list(x.unflatten(0, (rows, n)).unbind(1))
-    draw_grid(run, path, x, n, **({"x0": frames + frames[::-1]} if flags.frames else {}))
+    draw_grid(run, path, x, columns=n, **({"x0": frames + frames[::-1]} if flags.frames else {}))
 
 
 @torch.no_grad()
@@ -519,6 +540,8 @@ def output_path(run, flags, given):
         if (value := getattr(given, key)) != getattr(Config(), key):
             value = "-".join(map(str, value)) if isinstance(value, tuple) else value
             name += f"_{key.replace('_', '')}{value}".replace(",", "-").replace("/", "-")
+    if given.prompt or given.prompts:  # prompts are long, and PATH.txt has them
+        name += f"_prompt{derive_seed(flags.prompt):016x}"[:15]
     if len(os.fsencode(name)) > 180:  # file names have at most 255 bytes
         name = f"{os.fsencode(name)[:160].decode(errors='ignore')}_{derive_seed(name):016x}"
     return folder / name
@@ -529,10 +552,15 @@ def main(argv):
     given = common.parse(Config, __doc__, argv[1:] if path else argv)
     require(path, "the run's folder is missing: ddim_sample.py RUN [FLAGS]")
     run, flags = load_run(path, given)
-    y = run.script.conditions(list(flags.classes), run.config)
+    typed = flags.prompt if given.prompt or given.prompts else flags.classes
+    y = run.script.conditions(list(typed), run.config)
     modes = {"interpolate": interpolate, "invert": invert_images, "compare": compare}
     mode = next((modes[m] for m in modes if getattr(flags, m)), sample)
-    mode(run, flags, y, output_path(run, flags, given))
+    path = output_path(run, flags, given)
+    if flags.prompt:
+        text = "".join(f"{' '.join(prompt.split())}\n" for prompt in flags.prompt)
+        common.write_atomically(Path(f"{path}.txt"), lambda f: f.write(text.encode()))
+    mode(run, flags, y, path)
 
 
 if __name__ == "__main__":

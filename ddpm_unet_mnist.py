@@ -424,9 +424,9 @@ def train(cfg):
     optimizer = torch.optim.AdamW(groups, cfg.lr, (0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
     owned = sorted(id(p) for g in optimizer.param_groups for p in g["params"])
     assert owned == sorted(map(id, model.parameters())), "a parameter is in no optimizer group, or in two"
-    run.restore(model, ema, optimizer, timer)
     more = {"dtype": str(dtype)[6:], "processes": world}
     run.write_config(cfg, f"{METHOD}_{cfg.backbone}", device, data, held_out, model, **more)
+    run.restore(model, ema, optimizer, timer)
     held_out = common.evaluation_set(held_out)
 
     def get_batch(step):

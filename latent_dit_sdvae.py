@@ -1,12 +1,12 @@
-"""A DiT in the latent space of a Stable Diffusion VAE.
+"""A DiT in the latent space of a Stable Diffusion VAE, conditioned on classes or on text.
 
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv:2112.10752), "LDM"
-below, with the DiT of Peebles & Xie 2022 (arXiv:2212.09748) as in rf_dit_cifar.py; trained as a rectified
-flow (Liu et al. 2022, arXiv:2209.03003) or with v-prediction (Salimans & Ho 2022, arXiv:2202.00512). Time t
-runs from 0 (data) to 1 (noise).
+below, with the DiT of Peebles & Xie 2022 (arXiv:2212.09748) as in rf_dit_cifar.py, trained as a rectified
+flow (Liu et al. 2022, arXiv:2209.03003). Captions are tokens in front of those of the image, with one
+attention for both (Chen et al. 2025, "DiT-Air", arXiv:2503.10618). Time t runs from 0 (data) to 1 (noise).
 
     python latent_dit_sdvae.py --dataset FOLDER                        256 pixels, DiT-B/2, one GPU
-    python latent_dit_sdvae.py --dataset FOLDER --method ddpm          the same with v-prediction
+    python latent_dit_sdvae.py --dataset FOLDER --text on              with the captions beside the images
     python latent_dit_sdvae.py --vae train --image-size 0 --patch 1    no download: trains a VAE first
     python latent_dit_sdvae.py --resume logs/rf/RUN                    continues a run
     torchrun --standalone --nproc-per-node=2 latent_dit_sdvae.py       the same batch on 2 GPUs
@@ -19,9 +19,13 @@ import functools
 import hashlib
 import math
 import os
+import random
+import re
 import shutil
 import time
+import unicodedata
 import warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -49,6 +53,10 @@ class Config:
     vae_steps: int = 2000  # training steps of --vae train
     latent_mode: Literal["sample", "mean"] = "sample"  # a new draw from the VAE's posterior, or its mean
     cache: str = resumable("")  # folder of latents and trained VAEs; default DATA_ROOT/latents
+    # text
+    text: Literal["on", "off"] = "off"  # condition on captions instead of classes
+    text_encoder: str = resumable("")  # frozen CLIP or T5, hub id or folder; default learned words
+    text_tokens: int = 64  # maximum tokens per caption; longer captions are cut
     # model
     dim: int = 768  # channels per token
     depth: int = 12  # number of blocks
@@ -56,15 +64,14 @@ class Config:
     patch: int = 2  # side of a patch (one token) in latents
     mlp_ratio: float = 4.0  # hidden channels of an MLP divided by dim
     # method
-    method: Literal["rf", "ddpm"] = "rf"  # rectified flow, or v-prediction on a cosine path
     t_sampling: Literal["uniform", "logit-normal"] = "uniform"  # distribution of the training times
     shift: float = 1.0  # shift of the training times; above 1 towards noise, below 1 towards data
-    class_dropout: float = 0.1  # fraction of labels replaced by the null class; 1 = unconditional
+    class_dropout: float = 0.1  # fraction of labels or captions left out; 1 = unconditional
     # guidance and sampling
     guidance: float = 1.5  # guidance scale w of uncond + w (cond - uncond); 1 = off
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # times between which guidance acts, such as 0.1 0.8
     sampling_steps: int = 50  # steps of the sampler
-    num_samples: int = resumable(100)  # images per grid, all classes in turn
+    num_samples: int = resumable(100)  # images per grid, all classes or ten captions in turn
     # length
     steps: int = resumable(400_000)  # optimizer steps
     minutes: float = resumable(0.0)  # minutes of training, if they end before the steps; 0 = no limit
@@ -104,11 +111,17 @@ class Config:
     classes: tuple[str, ...] = derived(tuple("0123456789"))
     vae_path: str = derived("")  # hub id, or absolute folder
     vae_hash: str = derived("")  # of its weights
+    words: tuple[str, ...] = derived(())  # of the training captions
+    text_shape: tuple[int, ...] = derived(())  # of a caption's tokens: (L,), or (L, D) of a frozen encoder
+    text_path: str = derived("")  # hub id, or absolute folder
+    text_hash: str = derived("")  # of its weights
+    prompts: tuple[str, ...] = derived(())  # captions of the grids
 
 
 def check(cfg):
     """Raises UserError for values that cannot work."""
-    common.require_range(cfg, "vae_steps sampling_steps num_samples steps bs grad_accum keep log_every", 1)
+    names = "vae_steps text_tokens sampling_steps num_samples steps bs grad_accum keep log_every"
+    common.require_range(cfg, names, 1)
     common.require_range(cfg, "minutes warmup weight_decay grad_clip eval_every sample_every save_every", 0)
     common.require_range(cfg, "ema_decay class_dropout", 0, 1)
     common.require_range(cfg, "lr muon_lr shift", 0, exclude_low=True)
@@ -119,6 +132,7 @@ def check(cfg):
     require(guided, "--guidance needs --class-dropout above 0; or use --guidance 1")
     low, high = cfg.guidance_interval
     require(0 <= low <= high <= 1, "--guidance-interval must be two times in [0, 1], such as 0.1 0.8")
+    require(cfg.text == "on" or not cfg.text_encoder, "--text-encoder needs --text on; add that")
     check_model(cfg)
 
 
@@ -158,14 +172,14 @@ def read_vae(path, device):
 
 def scaling_factor(vae):
     """(scale, shift): latents are (z - shift) scale; 0.18215 and 0 for Stable Diffusion."""
-    return vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+    return getattr(vae.config, "scaling_factor", 1.0), getattr(vae.config, "shift_factor", None) or 0.0
 
 
 @functools.lru_cache(2)
-def weights_hash(vae):
-    """16 hex digits of the VAE's weights and scale."""
-    digest = hashlib.blake2b(repr((type(vae).__name__, scaling_factor(vae))).encode(), digest_size=8)
-    for value in vae.state_dict().values():
+def weights_hash(model):
+    """16 hex digits of the weights of a VAE or text encoder, and of the VAE's scale."""
+    digest = hashlib.blake2b(repr((type(model).__name__, scaling_factor(model))).encode(), digest_size=8)
+    for value in model.state_dict().values():
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -255,10 +269,16 @@ def load_data_and_vae(cfg, device, rank, world):
         channels = vae.config.in_channels
         text = f"--channels is {cfg.channels}, but the VAE takes {channels}; leave it out"
         require(cfg.channels in (0, channels), text)
-    load = functools.partial(common.load_dataset, cfg.dataset, cfg.data_root)
+    load = functools.partial(common.load_dataset, cfg.dataset, cfg.data_root, captions=cfg.text == "on")
     data = load("train", cfg.image_size, channels)
     _, C, side, _ = data.images.shape
     held_out = load("test", side, C)
+    if cfg.text == "on" and not data.captions:
+        text = f"{cfg.dataset} has neither captions nor classes; write 1.txt beside 1.jpg, or metadata.jsonl"
+        require(len(data.classes) > 1, text + ' with {"file_name": "1.jpg", "text": "a cat"} per line')
+        common.print0("note    no captions: the names of classes are the captions")
+        names = data.classes
+        data, held_out = (replace(d, captions=[[names[i]] for i in d.labels]) for d in (data, held_out))
     levels = num_downsamples(side) if path == "train" else len(vae.config.block_out_channels) - 1
     near = side // 2**levels * 2**levels
     sizes = " or ".join(str(s) for s in (near, near + 2**levels) if s)
@@ -267,6 +287,7 @@ def load_data_and_vae(cfg, device, rank, world):
     shape = (4 if path == "train" else vae.config.latent_channels, side >> levels, side >> levels)
     flip = cfg.flip == "on" or (cfg.flip == "auto" and cfg.dataset == "cifar10")
     cfg = replace(cfg, shape=shape, classes=tuple(data.classes), flip="on" if flip else "off")
+    cfg = prepare_text(cfg, data)
     check(cfg)
     if path == "train":
         name = f"vae_{data.name[:40]}_{C}x{side}_{data.fingerprint()[:8]}_steps{cfg.vae_steps}_seed{cfg.seed}"
@@ -300,31 +321,41 @@ def encode_dataset(data, vae, cfg, split, device, rank=0, world=1):
     """Encodes a split, unless that is done -> a list of memory maps, float16 [CHUNK, V, M, c, h, w].
 
     V: the image, and its mirror image with --flip; M: mean and standard deviation, or with --latent-mode mean
-    only the former. A chunk is written completely or not at all, by whoever finds it missing. Everything that
-    it depends on is in the folder's name.
+    only the former.
     """
     bf16, flip = common.supports_bf16(device), cfg.flip == "on" and split == "train"
     key = (data.fingerprint(), data.images.shape, cfg.vae_hash, cfg.shape, cfg.latent_mode, flip, bf16)
     name = f"{data.name[:40]}_{split}_{data.images.shape[-1]}px_{derive_seed(*key):016x}"
-    folder = cache_folder(cfg) / name
+
+    def encode_part(indices):
+        x = common.images_at(data.images, indices).to(device).float() / 127.5 - 1
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            views = [torch.stack(encode(vae, v), 1) for v in ([x, x.flip(-1)] if flip else [x])]
+        latents = torch.stack(views, 1)
+        return latents if cfg.latent_mode == "sample" else latents[:, :, :1]
+
+    folder, bs = cache_folder(cfg) / name, vae_batch_size(cfg)
+    return encode_chunks(folder, split, len(data.labels), encode_part, bs, rank, world)
+
+
+def encode_chunks(folder, name, n, encode_part, bs, rank, world):
+    """encode_part(indices) -> a tensor, for bs of n items at a time -> memory maps of CHUNK items, float16.
+
+    A chunk is written completely or not at all, by whoever finds it missing. Everything that it depends on
+    must be in the folder's name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    n = len(data.labels)
     files = [folder / f"{i:08d}.npy" for i in range(0, n, CHUNK)]
     missing, start = [f for f in files[rank::world] if not is_valid(f)], time.perf_counter()
     if missing:
-        common.print0(f"latents encoding {len(missing)} of {len(files)} chunks of {split} into {folder}")
-    for file in tqdm(missing, f"encoding {split}", disable=rank > 0 or None):
-        first, parts = int(file.stem), []
-        for indices in torch.arange(first, min(first + CHUNK, n)).split(vae_batch_size(cfg)):
-            x = common.images_at(data.images, indices.tolist()).to(device).float() / 127.5 - 1
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                views = [torch.stack(encode(vae, v), 1) for v in ([x, x.flip(-1)] if flip else [x])]
-            latents = torch.stack(views, 1).half().cpu()
-            parts.append(latents if cfg.latent_mode == "sample" else latents[:, :, :1])
+        common.print0(f"cache   encoding {len(missing)} of {len(files)} chunks of {name} into {folder}")
+    for file in tqdm(missing, f"encoding {name}", disable=rank > 0 or None):
+        indices = range(n)[int(file.stem) :][:CHUNK]
+        parts = [encode_part(indices[i : i + bs]).half().cpu() for i in range(0, len(indices), bs)]
         common.write_atomically(file, lambda f, parts=parts: np.save(f, torch.cat(parts).numpy()))
     barrier(world)
     if missing:
-        common.print0(f"latents encoded in {time.perf_counter() - start:.1f} s")
+        common.print0(f"cache   encoded in {time.perf_counter() - start:.1f} s")
     return [np.load(file, mmap_mode="r") for file in files]
 
 
@@ -339,12 +370,14 @@ def is_valid(file):
 class Latents:
     """`x0, y = latents(step, noise)`: like common.Batches; noise [bs, c, h, w] draws from the posterior.
 
-    The latents stay on the disk, or on a GPU if they take less than a quarter of its memory.
+    The latents stay on the disk, or on a GPU if they take less than a quarter of its memory. With captions,
+    y is one of each image's, drawn in every step.
     """
 
-    def __init__(self, chunks, data, cfg, device, rank=0, world=1):
+    def __init__(self, chunks, data, cfg, device, rank=0, world=1, captions=None):
         self.order = common.Batches(data, cfg.bs, cfg.seed, "cpu", rank, world)
         self.chunks, self.device, self.rank_slice = chunks, device, self.order.rank_slice
+        self.captions, self.bs, self.seed = captions, cfg.bs, cfg.seed
         self.on_gpu, num_bytes = None, sum(c.nbytes for c in chunks)
         if device.type == "cuda" and num_bytes < torch.cuda.mem_get_info(device)[0] / 4:
             self.on_gpu = torch.cat([torch.from_numpy(np.array(c)).to(device) for c in chunks])
@@ -357,14 +390,139 @@ class Latents:
         else:
             rows = zip(indices.tolist(), views.tolist(), strict=True)
             latents = torch.from_numpy(np.stack([self.chunks[i // CHUNK][i % CHUNK, v] for i, v in rows]))
-        y = common.to_device(self.order.labels[indices], self.device)
-        return draw(common.to_device(latents, self.device), noise[self.rank_slice]), y
+        if self.captions:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "caption", step))
+            y = self.captions(indices, torch.rand(self.bs, generator=generator)[self.rank_slice])
+        else:
+            y = self.order.labels[indices]
+        latents = draw(common.to_device(latents, self.device), noise[self.rank_slice])
+        return latents, common.to_device(y, self.device)
 
 
 def draw(latents, noise):
     """Means and perhaps standard deviations [B, M, c, h, w], and noise -> latents [B, c, h, w]."""
     latents = latents.float()
     return latents[:, 0] + latents[:, 1] * noise if latents.shape[1] > 1 else latents[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------
+# Text: a caption is a row of word numbers from 1, int64 [L], or with --text-encoder the last hidden states of
+# a frozen encoder, float [L, D]. Zeros are padding, and a row of zeros is the null caption.
+
+
+def split_words(text):
+    """Words in lower case. Each Chinese or Japanese character is a word."""
+    return re.findall(r"[^\W_\u2e80-\u9fff]+|[^\W_]", unicodedata.normalize("NFKC", text.casefold()))
+
+
+def load_text_encoder(cfg):
+    """read_text_encoder() of a run. Raises UserError if its weights have changed."""
+    tokenizer, encoder = read_text_encoder(cfg.text_path)
+    text = f"text encoder {cfg.text_path} is not the one that this run was trained with; restore it"
+    require(weights_hash(encoder) == cfg.text_hash, text)
+    return tokenizer, encoder
+
+
+@functools.cache
+def read_text_encoder(path):
+    """(tokenizer, CLIP text model or T5 encoder) of transformers, by hub id or folder. Raises UserError."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("--text-encoder needs transformers; install it: pip install transformers") from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    kinds = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
+    try:
+        kind = transformers.AutoConfig.from_pretrained(path).model_type
+        if kind not in kinds:
+            raise ValueError(f"{kind} is neither CLIP nor T5")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        encoder = getattr(transformers, kinds[kind]).from_pretrained(path).float()
+    except Exception as e:  # no network, no such id, damaged files: nearly anything
+        text = f"cannot load text encoder {path} ({common.first_line(e)})"
+        raise UserError(f"{text}; set --text-encoder to a folder in transformers' format") from None
+    return tokenizer, encoder.eval().requires_grad_(False)
+
+
+def prepare_text(cfg, data):
+    """cfg with its derived fields about text. Raises UserError."""
+    old_hash = cfg.text_hash if cfg.resume else ""
+    cfg = replace(cfg, words=(), text_shape=(), text_path="", text_hash="", prompts=())
+    if cfg.text == "off":
+        return cfg
+    texts, limit, width = sorted({t for captions in data.captions for t in captions}), cfg.text_tokens, ()
+    cfg = replace(cfg, prompts=tuple(random.Random(0).sample(texts, min(10, len(texts)))))
+    same_kind = not cfg.resume or bool(old_hash) == bool(cfg.text_encoder)
+    require(same_kind, f"--text-encoder is {cfg.text_encoder!r}, which the run did not use; leave it out")
+    if cfg.text_encoder:
+        path = str(Path(cfg.text_encoder).resolve() if Path(cfg.text_encoder).exists() else cfg.text_encoder)
+        tokenizer, encoder = read_text_encoder(path)
+        longest = getattr(encoder.config, "max_position_embeddings", limit)  # T5 has no maximum
+        limit, width = min(limit, longest, tokenizer.model_max_length), (encoder.config.hidden_size,)
+        cfg = replace(cfg, text_path=path, text_hash=old_hash or weights_hash(encoder))
+    else:  # the most frequent words
+        words = Counter(w for t in texts for w in split_words(t)).most_common(8192)
+        cfg = replace(cfg, words=tuple(sorted(w for w, _ in words)))
+    lengths = count_tokens(texts, cfg) if texts else []
+    require(any(lengths), f"no caption of {cfg.dataset} has a word; write some, or use --text off")
+    L, num_cut = min(limit, max(lengths)), sum(n > limit for n in lengths)
+    text = f"text    {len(texts):,} different captions of at most {max(lengths)} tokens"
+    common.print0(text + f", {num_cut} cut to {limit}" * (num_cut > 0))
+    return replace(cfg, text_shape=(L, *width))
+
+
+def count_tokens(texts, cfg):
+    """Numbers of tokens of texts."""
+    if not cfg.text_path:
+        return [len(split_words(text)) for text in texts]
+    tokenizer, _ = load_text_encoder(cfg)
+    return [len(tokens) for tokens in tokenizer(list(texts)).input_ids]
+
+
+@torch.no_grad()
+def encode_text(texts, cfg, device="cpu"):
+    """[N] texts -> int64 [N, L] or float32 [N, L, D]. Unknown words are left out, and long texts are cut."""
+    L = cfg.text_shape[0]
+    if cfg.text_path:
+        tokenizer, encoder = load_text_encoder(cfg)
+        more = {"padding": "max_length", "truncation": True, "max_length": L, "return_tensors": "pt"}
+        tokens = tokenizer(list(texts), **more).to(device)
+        used = tokens.attention_mask * torch.tensor([[text != ""] for text in texts], device=device)
+        return encoder.to(device)(**tokens).last_hidden_state * used[..., None]
+    number = {w: i for i, w in enumerate(cfg.words, 1)}
+    rows = [[number[w] for w in split_words(text) if w in number][:L] for text in texts]
+    return torch.tensor([row + [0] * (L - len(row)) for row in rows])
+
+
+class Captions:
+    """`y = captions(indices, u)`: one encoded caption per image, on the CPU; u in [0, 1) picks it."""
+
+    def __init__(self, data, cfg, device, rank=0, world=1):
+        captions = [c or [""] for c in data.captions]  # "" is the null caption
+        texts = list(dict.fromkeys(text for c in captions for text in c))
+        number = {text: i for i, text in enumerate(texts)}
+        self.rows = torch.tensor([number[text] for c in captions for text in c])
+        self.count = torch.tensor([len(c) for c in captions])
+        self.first = self.count.cumsum(0) - self.count
+
+        if cfg.text_path:
+
+            def encode_part(indices):
+                return encode_text([texts[i] for i in indices], cfg, device)
+
+            tokenizer, _ = load_text_encoder(cfg)
+            key = derive_seed(tokenizer(texts).input_ids, cfg.text_hash, cfg.text_shape)
+            folder = cache_folder(cfg) / f"{data.name[:40]}_captions_{key:016x}"
+            self.chunks = encode_chunks(folder, "captions", len(texts), encode_part, 64, rank, world)
+        else:
+            parts = [texts[i : i + CHUNK] for i in range(0, len(texts), CHUNK)]
+            self.chunks = [encode_text(part, cfg).numpy() for part in parts]
+
+    def __call__(self, indices, u):
+        rows = self.rows[self.first[indices] + (u * self.count[indices]).long()].tolist()
+        y = torch.from_numpy(np.stack([self.chunks[i // CHUNK][i % CHUNK] for i in rows]))
+        return y.float() if y.is_floating_point() else y
 
 
 # ------------------------------------------------------------------------------------------------
@@ -411,12 +569,13 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-def attention(q, k, v):
-    """softmax(q k^T / sqrt(dim)) v; each [B, heads, N, dim]."""
+def attention(q, k, v, bias=None):
+    """softmax(q k^T / sqrt(dim) + bias) v; each [B, heads, N, dim], bias [B, 1, 1, N]."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # The fused kernel takes 3 to 9 times as long (AVX-512, 49 to 256 tokens).
-        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+        logits = q * q.shape[-1] ** -0.5 @ k.mT
+        return (logits if bias is None else logits + bias).softmax(dim=-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, bias if bias is None else bias.to(q.dtype))
 
 
 norm = functools.partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)  # adaLN scales and shifts
@@ -435,8 +594,9 @@ class Block(nn.Module):
         self.qk_norm = nn.RMSNorm(dim // cfg.heads, 1e-6, elementwise_affine=False)
         self.adaln_bias = nn.Parameter(torch.zeros(6 * dim))
 
-    def forward(self, x, c, cos, sin):
-        """x [B, N, dim], c [B, 6 dim] -> [B, N, dim], in the dtype of x (under autocast, bfloat16).
+    def forward(self, x, c, cos, sin, bias=None):
+        """x [B, N, dim], c [B, 6 dim] -> [B, N, dim], in the dtype of x (under autocast, bfloat16). bias:
+        see attention().
 
         torch.addcmul(a, b, c) is a + b * c in one pass over memory.
         """
@@ -446,7 +606,7 @@ class Block(nn.Module):
         q, k, v = (u.unflatten(2, (self.heads, -1)).transpose(1, 2) for u in h.chunk(3, dim=-1))
         q, k = self.qk_norm(q), self.qk_norm(k)  # bounds the logits (Dehghani et al. 2023, arXiv:2302.05442)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        h = attention(q.to(v.dtype), k.to(v.dtype), v).transpose(1, 2).flatten(2)
+        h = attention(q.to(v.dtype), k.to(v.dtype), v, bias).transpose(1, 2).flatten(2)
         x = torch.addcmul(x, gate1, self.proj(h))
         h = F.relu(self.mlp1(torch.addcmul(shift2, self.norm2(x), 1 + scale2)))
         # Squared ReLU (So et al. 2021, arXiv:2109.08668) learns faster than GELU.
@@ -454,7 +614,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """model(x [B, C, H, W], t [B] in [0, 1], y int64 [B]) -> [B, C, H, W]."""
+    """model(x [B, C, H, W], t [B] in [0, 1], y int64 [B], or text [B, L] or [B, L, D]) -> [B, C, H, W]."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -462,12 +622,19 @@ class DiT(nn.Module):
         self.patch, self.t_dim, self.grad_checkpoint = cfg.patch, 256, cfg.grad_checkpoint
         self.patch_embed, self.final_linear = nn.Linear(channels, dim), nn.Linear(dim, channels)
         self.t_embed = nn.Sequential(nn.Linear(self.t_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.y_embed = nn.Linear(len(cfg.classes) + 1, dim, bias=False)  # the last is the null class
+        cos, sin = rope_table(side, dim // cfg.heads)
+        if cfg.text == "off":
+            self.y_embed = nn.Linear(len(cfg.classes) + 1, dim, bias=False)  # the last is the null class
+        else:
+            L, *width = cfg.text_shape
+            self.y_embed = nn.Linear(*width, dim) if width else nn.Embedding(len(cfg.words) + 1, dim)
+            self.text_pos = nn.Parameter(torch.zeros(L, dim))
+            self.text_blocks = nn.ModuleList(Block(cfg) for _ in range(2))
+            cos, sin = F.pad(cos, (0, 0, L, 0), value=1.0), F.pad(sin, (0, 0, L, 0))  # text is not rotated
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         # One adaLN layer for all blocks, each of which adds its own bias (Chen et al. 2023, arXiv:2310.00426,
         # sec. 2.3): a quarter fewer parameters, a tenth faster, and the same loss.
         self.adaln, self.norm, self.final_adaln = nn.Linear(dim, 6 * dim), norm(dim), nn.Linear(dim, 2 * dim)
-        cos, sin = rope_table(side, dim // cfg.heads)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -480,43 +647,47 @@ class DiT(nn.Module):
                     nn.init.zeros_(module.weight)
         nn.init.normal_(self.y_embed.weight, std=0.02)
 
+    def embed_text(self, y):
+        """Text [B, L] or [B, L, D] -> (tokens [B, L, dim], their mean [B, dim], and the bias [B, 1, 1, L] of
+        attention that masks padding)."""
+        mask = y != 0 if y.ndim == 2 else (y != 0).any(-1)
+        y = y if y.ndim == 2 else F.rms_norm(y, y.shape[2:])  # encoders differ in scale
+        h, bias, L = self.y_embed(y) + self.text_pos, torch.where(mask, 0.0, -1e4)[:, None, None], y.shape[1]
+        for block in self.text_blocks:  # those of the image, without time
+            h = block(h, h.new_zeros(1, 1), self.cos[:L], self.sin[:L], bias)
+        mean = (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        return h, mean, bias
+
     def forward(self, x, t, y):
-        # One-hot, not nn.Embedding: a lookup's gradient is summed in no fixed order when compiled.
-        y = F.one_hot(y, self.y_embed.in_features).float()
-        c = F.silu(self.t_embed(common.time_embedding(t, self.t_dim)) + self.y_embed(y))
-        h, args = self.patch_embed(patchify(x, self.patch)), (self.adaln(c), self.cos, self.sin)
+        h, bias = self.patch_embed(patchify(x, self.patch)), None
+        n = h.shape[1]
+        if y.ndim == 1:  # one-hot, because a compiled lookup's gradient is summed in no fixed order
+            c = self.y_embed(F.one_hot(y, self.y_embed.in_features).float())
+        else:
+            tokens, c, bias = self.embed_text(y)
+            h, bias = torch.cat([tokens.to(h.dtype), h], 1), F.pad(bias, (0, n))
+        c = F.silu(self.t_embed(common.time_embedding(t, self.t_dim)) + c)
+        args = self.adaln(c), self.cos, self.sin, bias
         for block in self.blocks:
             recompute = self.grad_checkpoint and self.training
             h = checkpoint(block, h, *args, use_reentrant=False) if recompute else block(h, *args)
         shift, scale = self.final_adaln(c)[:, None].chunk(2, dim=-1)
-        return unpatchify(self.final_linear(self.norm(h) * (1 + scale) + shift), self.patch)
+        return unpatchify(self.final_linear(self.norm(h[:, -n:]) * (1 + scale) + shift), self.patch)
 
 
 build_model = DiT
 
 
 # ------------------------------------------------------------------------------------------------
-# Method: x_t = alpha x0 + sigma eps, and the network predicts v = a eps - b x0.
+# Method: the straight path x_t = (1 - t) x0 + t eps and its velocity eps - x0 (Liu et al. 2022, eq. 1).
 # A new idea usually changes only this section.
+
+METHOD = "rf"
 
 
 def path(t, cfg):
     """t [B] in [0, 1] -> (alpha, sigma), each [B]."""
-    if cfg.method == "rf":
-        return 1 - t, t
-    # Nichol & Dhariwal 2021, eq. 17, in continuous time and without their offset: exact at both ends.
-    return torch.sin((1 - t) * math.pi / 2), torch.sin(t * math.pi / 2)
-
-
-def coefficients(t, cfg):
-    """alpha, sigma, a, b at t [B], each [B, 1, 1, 1] or 1; as alpha a + sigma b = 1, x0 = a x - sigma v and
-    eps = b x + alpha v.
-
-    Rectified flow: v = eps - x0, the velocity dx/dt. DDPM: v = alpha eps - sigma x0 (Salimans & Ho 2022, sec.
-    4), on the cosine path dx/dt over pi / 2.
-    """
-    alpha, sigma = (c.view(-1, 1, 1, 1) for c in path(t, cfg))
-    return (alpha, sigma, 1, 1) if cfg.method == "rf" else (alpha, sigma, alpha, sigma)
+    return 1 - t, t
 
 
 def sample_t(u, cfg):
@@ -532,24 +703,33 @@ def sample_t(u, cfg):
 
 
 def loss_per_sample(model, x0, y, t, eps, cfg):
-    """Squared error of v, [B]."""
-    alpha, sigma, a, b = coefficients(t, cfg)
-    v = model(alpha * x0 + sigma * eps, t, y).float()
-    return (v - (a * eps - b * x0)).square().mean((1, 2, 3))
+    """Squared error of the velocity, [B] (Liu et al. 2022, eq. 1; Lipman et al. 2022, eq. 23)."""
+    alpha, sigma = (c.view(-1, 1, 1, 1) for c in path(t, cfg))
+    return (model(alpha * x0 + sigma * eps, t, y).float() - (eps - x0)).square().mean((1, 2, 3))
 
 
 def null(y, cfg):
-    """y without its condition: the null class."""
-    return torch.full_like(y, len(cfg.classes))
+    """y without its condition: the null class, or the null caption."""
+    return torch.full_like(y, len(cfg.classes) if cfg.text == "off" else 0)
 
 
 def conditions(names, cfg):
-    """Names or numbers of classes -> y int64 [len(names)]; no names: each class once. Raises UserError."""
-    return common.class_indices(names, cfg.classes)
+    """Names or numbers of classes -> y int64 [N], or prompts -> y [N, L] or [N, L, D]; no names: each class
+    once, or cfg.prompts. Raises UserError."""
+    if cfg.text == "off":
+        return common.class_indices(names, cfg.classes)
+    for prompt, length in zip(names, count_tokens(names, cfg) if names else [], strict=True):
+        unknown = ", ".join(w for w in split_words(prompt) if w not in cfg.words and not cfg.text_path)
+        example = f"describe an image, as in {cfg.prompts[0][:80]!r}"
+        require(split_words(prompt), f"the prompt {prompt!r} has no words; {example}")
+        require(not unknown, f"the training captions have no {unknown}; {example}")
+        text = f"the prompt {prompt[:40]!r} has {length} tokens; this run takes at most {cfg.text_shape[0]}"
+        require(length <= cfg.text_shape[0], text)
+    return encode_text(names or cfg.prompts, cfg)
 
 
 def predict(model, x, t, y, cfg, guidance=1.0, s=None):
-    """The network's estimate at x [B, c, h, w], t [B] as (x0, eps).
+    """The network's estimate at x [B, c, h, w], t [B] as (x0, eps); dx/dt is eps - x0.
 
     Guidance (Ho & Salimans 2022, eq. 6, with w = 1 meaning off) is one call on a doubled batch. s, the time
     that the step goes to, is for flow maps.
@@ -562,8 +742,8 @@ def predict(model, x, t, y, cfg, guidance=1.0, s=None):
         both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null(y, cfg)])).to(x.dtype)
         cond, uncond = both.chunk(2)
         v = uncond + guidance * (cond - uncond)
-    alpha, sigma, a, b = coefficients(t, cfg)
-    return a * x - sigma * v, b * x + alpha * v
+    t = t.view(-1, 1, 1, 1)
+    return x - t * v, x + (1 - t) * v
 
 
 def sample_shape(cfg):
@@ -681,17 +861,18 @@ def make_optimizer(model, cfg, dtype):
 
 
 @torch.no_grad()
-def evaluate(model, chunks, labels, cfg, device, rank, world):
-    """(losses, times [n]) of held-out latents. The noise and the evenly spaced times are always the same."""
-    n, generator = len(labels), torch.Generator().manual_seed(derive_seed("evaluate"))
+def evaluate(model, chunks, y, cfg, device, rank, world):
+    """(losses, times [n]) of held-out latents with conditions y [n, ...]. The noise and the evenly spaced
+    times are always the same."""
+    n, generator = len(y), torch.Generator().manual_seed(derive_seed("evaluate"))
     t = (torch.randperm(n, generator=generator) + 0.5) / n
     eps, noise = torch.randn(2, n, *cfg.shape, generator=generator)
     losses = torch.zeros(n, device=device)  # other ranks' losses stay 0
     for i in range(rank, n, 256 * world):
         part = torch.arange(i, min(i + 256 * world, n), world)
         x0 = draw(torch.from_numpy(chunks[0][part, 0]), noise[part])  # an evaluation set is one chunk
-        y = null(labels[part], cfg) if cfg.class_dropout == 1 else labels[part]
-        losses[part] = loss_per_sample(model, *(v.to(device) for v in (x0, y, t[part], eps[part])), cfg)
+        cond = null(y[part], cfg) if cfg.class_dropout == 1 else y[part]
+        losses[part] = loss_per_sample(model, *(v.to(device) for v in (x0, cond, t[part], eps[part])), cfg)
     return losses, t
 
 
@@ -718,7 +899,11 @@ def train(cfg):
     few = common.evaluation_set(held_out)
     held_out_latents = encode_dataset(few, vae, cfg, "test", device, rank, world)
     latents = encode_dataset(data, vae, cfg, "train", device, rank, world)
-    latents = Latents(latents, data, cfg, device, rank, world)
+    captions, held_out_y = None, few.labels
+    if cfg.text == "on":
+        captions = Captions(data, cfg, device, rank, world)
+        held_out_y = Captions(few, cfg, device, rank, world)(torch.arange(len(few.labels)), torch.zeros(1))
+    latents = Latents(latents, data, cfg, device, rank, world, captions)
     timer.lap("load")
 
     # Model: the plain one is averaged, saved and sampled
@@ -731,9 +916,9 @@ def train(cfg):
     optimizer = make_optimizer(model, cfg, torch.bfloat16 if bf16 else torch.float32)
     owned = sorted(id(p) for g in optimizer.param_groups for p in g["params"])
     assert owned == sorted(map(id, model.parameters())), "a parameter is in no optimizer group, or in two"
-    run.restore(model, ema, optimizer, timer)
     more = {"dtype": str(dtype)[6:], "processes": world, "latents": "x".join(map(str, cfg.shape))}
-    run.write_config(cfg, f"{cfg.method}_{BACKBONE}", device, data, held_out, model, **more)
+    run.write_config(cfg, f"{METHOD}_{BACKBONE}", device, data, held_out, model, **more)
+    run.restore(model, ema, optimizer, timer)
     if rank == 0 and run.step == 0:
         if cfg.vae == "train":
             shutil.copytree(cfg.vae_path, run.dir / "code" / "vae", dirs_exist_ok=True)
@@ -755,7 +940,7 @@ def train(cfg):
         return list(zip(*(v.chunk(cfg.grad_accum) for v in (x0, y, t, eps)), strict=True))
 
     # Errors in evaluation and sampling show now and not after hours; the first pass compiles.
-    evaluate(ema.model, held_out_latents, few.labels[:8], cfg, device, rank, world)
+    evaluate(ema.model, held_out_latents, held_out_y[:8], cfg, device, rank, world)
     with common.warn_on_os_error("a trial picture"):
         sample_grid(ema.model, replace(cfg, num_samples=2, sampling_steps=1), device)
     long_run = cfg.steps >= 500 and not 0 < cfg.minutes < 1
@@ -815,7 +1000,7 @@ def train(cfg):
             run.flush(done)
         if due(cfg.eval_every):
             with timer.section("evaluate"):
-                losses, t = evaluate(ema.model, held_out_latents, few.labels, cfg, device, rank, world)
+                losses, t = evaluate(ema.model, held_out_latents, held_out_y, cfg, device, rank, world)
                 run.validate(step, losses, t)
         if save:
             with timer.section("save"):
@@ -823,8 +1008,10 @@ def train(cfg):
         if due(cfg.sample_every):
             with timer.section("sample"), common.warn_on_os_error("the pictures"):
                 grid = sample_grid(ema.model, cfg, device)
+                prompts = cfg.prompts * cfg.num_samples * (cfg.class_dropout < 1)
                 if rank == 0:
-                    common.save_images(run.dir / "samples" / f"step_{step:08d}", *grid)
+                    file = run.dir / "samples" / f"step_{step:08d}"
+                    common.save_images(file, *grid, captions=prompts[: cfg.num_samples])
     run.finish(timer, done)
 
 

@@ -473,9 +473,9 @@ def train(cfg):
     optimizer = make_optimizer(model, cfg, torch.bfloat16 if bf16 else torch.float32)
     owned = sorted(id(p) for g in optimizer.param_groups for p in g["params"])
     assert owned == sorted(map(id, model.parameters())), "a parameter is in no optimizer group, or in two"
-    run.restore(model, ema, optimizer, timer)
     more = {"dtype": str(dtype)[6:], "processes": world}
     run.write_config(cfg, f"{METHOD}_{BACKBONE}", device, data, held_out, model, **more)
+    run.restore(model, ema, optimizer, timer)
     held_out = common.evaluation_set(held_out)
 
     def get_batch(step):

@@ -18,6 +18,7 @@ during a step over what was held before it. On a CPU freed memory is kept (commo
     python tests/benchmark.py                     DiT-S/2 on 32x32x3 at 32 images, UNet on 28x28 at 48
     python tests/benchmark.py --only dit --dim 768 --heads 12 --bs 128
     python tests/benchmark.py --only latent       the same DiT on latents of 7x7 and on pixels at patch 2
+    python tests/benchmark.py --only text         the same DiT on 8x8 latents, with captions and with classes
 """
 
 import contextlib
@@ -48,7 +49,7 @@ from common import print0, require  # noqa: E402
 
 @dataclass
 class Config:
-    only: Literal["all", "dit", "unet", "latent"] = "all"  # which comparison
+    only: Literal["all", "dit", "unet", "latent", "text"] = "all"  # which comparison
     dim: int = 384  # of the DiT
     depth: int = 12  # of the DiT
     heads: int = 6  # of the DiT
@@ -87,7 +88,8 @@ def ours(script, cfg, device, dtype, use_compile):
         if script is ld:
             stored = torch.randn(len(data.labels), 1, 2, *cfg.shape).half().numpy()
             chunks = [stored[i : i + ld.CHUNK] for i in range(0, len(stored), ld.CHUNK)]
-            batches = ld.Latents(chunks, data, cfg, device)
+            captions = ld.Captions(data, cfg, device) if cfg.text == "on" else None
+            batches = ld.Latents(chunks, data, cfg, device, captions=captions)
         else:
             batches = common.Batches(data, cfg.bs, 0, device, flip=True)
         for step in itertools.count():
@@ -96,7 +98,8 @@ def ours(script, cfg, device, dtype, use_compile):
             x0, y = batches(step, noise) if script is ld else batches(step)
             u = torch.rand(2, cfg.bs, generator=generator, device=device)
             t = (u[0] * 1000).floor().add(1) / 1000 if script is ddpm else script.sample_t(u[0], cfg)
-            y = torch.where(u[1] < cfg.class_dropout, script.null(y, cfg), y)
+            drop = (u[1] < cfg.class_dropout).view(-1, *[1] * (y.ndim - 1))
+            y = torch.where(drop, script.null(y, cfg), y)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = script.loss_per_sample(model, x0, y, t, eps, cfg).mean()
             loss.backward()
@@ -226,7 +229,11 @@ def random_images(cfg):
     g, n = torch.Generator().manual_seed(0), 100 * cfg.bs
     images = torch.randint(0, 256, (n, *cfg.shape), generator=g, dtype=torch.uint8)
     labels = torch.randint(0, len(cfg.classes), (n,), generator=g)
-    return common.Dataset("random", images, labels, [str(c) for c in range(len(cfg.classes))])
+    data = common.Dataset("random", images, labels, [str(c) for c in range(len(cfg.classes))])
+    if getattr(cfg, "text", "off") == "on":  # every caption has the full length
+        rows = torch.randint(0, len(cfg.words), (n, *cfg.text_shape), generator=g).tolist()
+        data.captions = [[" ".join(cfg.words[i] for i in row)] for row in rows]
+    return data
 
 
 def dit_models(flags, device):
@@ -305,6 +312,19 @@ def latent_models(flags, device):
     return found, {"latents": latent, "pixels": pixels}, {"call": lambda net, x, t, y: net(x, t, y)}
 
 
+def text_models(flags, device):
+    """The same blocks on 64 latents, with captions of nine words as those of digits, and with classes."""
+    classes = ld.Config(dim=128, depth=6, heads=4, bs=flags.bs, patch=1, shape=(4, 8, 8))
+    words = tuple(f"word{i}" for i in range(44))
+    text = replace(classes, text="on", words=words, text_shape=(9,))
+    name, how = list(settings(device).items())[1]
+    found = {
+        f"classes, {name}": (how[0], lambda: ours(ld, classes, device, *how)),
+        f"text, {name}": (how[0], lambda: ours(ld, text, device, *how)),
+    }
+    return found, {"classes": classes, "text": text}, {"call": lambda net, x, t, y: net(x, t, y)}
+
+
 # ------------------------------------------------------------------------------------------------
 # Measuring
 
@@ -313,7 +333,8 @@ def flops(model, call, cfg):
     """Of a training step of one image: three times those of the forward pass, counted on no data."""
     model = copy.deepcopy(model).to("meta")
     with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
-        call(model, torch.empty(1, *cfg.shape), torch.empty(1), torch.empty(1, dtype=torch.long))
+        y = torch.empty(1, *getattr(cfg, "text_shape", ()), dtype=torch.long)
+        call(model, torch.empty(1, *cfg.shape), torch.empty(1), y)
     return 3 * counter.get_total_flops()
 
 
@@ -464,6 +485,10 @@ def main():
         rows = measure(*latent_models(flags, device), flags, device)
         report(f"DiT of dim 128, depth 6; {flags.bs} images", rows, [[r["name"] for r in rows]])
         results["latent"] = rows
+    if flags.only in ("all", "text"):
+        rows = measure(*text_models(flags, device), flags, device)
+        report(f"DiT of dim 128, depth 6; {flags.bs} images", rows, [[r["name"] for r in rows]])
+        results["text"] = rows
     if flags.only in ("all", "unet"):
         rows = measure(*unet_models(flags, device), flags, device)
         pairs = [(f"ours, {fast}", f"diffusers, {eager}")]

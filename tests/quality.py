@@ -19,9 +19,15 @@ alone: beside it stand the real-vs-real baseline, its value for as many training
     images             distance over the mean to the 50 nearest (Carlini et al. 2023, arXiv:2301.13188, 5.1)
 
     python tests/quality.py SAMPLES.npz --dataset mnist
+    python tests/quality.py SAMPLES.npz --dataset digits --attributes
     python tests/quality.py SAMPLES.npz --dataset cifar10 --inception WEIGHTS.pth
 
-The second adds FID and KID proper, by Inception and, as is the custom, against the training images;
+The second instead compares drawn digits with their prompts: shares of samples in which a classifier, trained
+on drawn digits and their captions, sees the digit, weight, lean, pen and paper asked for, and all five. They
+are given for combinations of digit, pen and paper of the training split, for those held out, and for true
+images. tests/prompts.txt has 500 prompts of either kind (ddim_sample.py --prompts FILE --num-samples 1000).
+
+The third adds FID and KID proper, by Inception and, as is the custom, against the training images;
 baseline: test images. FID falls as samples get more; papers take 50,000. Beside SAMPLES.npz are written
 SAMPLES_quality.json and SAMPLES_neighbours.png: five samples, and the five closest to training images, each
 with its nearest training images.
@@ -33,9 +39,10 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -55,6 +62,7 @@ from common import UserError, first_line, print0  # noqa: E402
 class Config:
     dataset: str = ""  # mnist, cifar10, digits, or a folder or .zip of images: what the samples imitate
     data_root: str = ""  # where mnist and cifar10 are; default $DIFFUSION_DATA, else data/
+    attributes: bool = False  # only compare samples of digits with their prompts
     inception: str = ""  # also FID and KID by the Inception weights in this file, those of torch-fidelity
     cache: str = "data/quality"  # folder of trained classifiers
     out: str = ""  # folder of the picture and the .json; default beside SAMPLES.npz
@@ -165,10 +173,14 @@ def variation(labels, reference, classes):
 
 
 class Classifier(nn.Module):
-    """forward(x [B, C, H, W] in [-1, 1]) -> (logits [B, classes], features [B, 64])."""
+    """forward(x [B, C, H, W] in [-1, 1]) -> (logits [B, sum of sizes], features [B, 64]).
 
-    def __init__(self, channels, classes):
+    sizes: the number of classes, or of values of each attribute.
+    """
+
+    def __init__(self, channels, sizes):
         super().__init__()
+        self.sizes = sizes
 
         def conv(i, o):
             return nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU()
@@ -178,18 +190,21 @@ class Classifier(nn.Module):
             *(*conv(24, 48), *conv(48, 48), nn.MaxPool2d(2), *conv(48, 96)),
             *(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(96, 64), nn.ReLU()),
         )
-        self.head = nn.Linear(64, classes)
+        self.head = nn.Linear(64, sum(sizes))
 
     def forward(self, x):
         z = self.features(x)
         return self.head(z), z
 
 
-def train(data, device):
-    """The weights of a Classifier of a common.Dataset; the same at every call, on one machine. Minutes."""
+def train(data, sizes, device):
+    """The weights of a Classifier of a common.Dataset; the same at every call, on one machine. Minutes.
+
+    Its labels are [N], or [N, len(sizes)] with -1 for what is unknown.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Classifier(data.images.shape[1], len(data.classes)).to(device)
+        model = Classifier(data.images.shape[1], sizes).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
     batches = common.Batches(data, BATCH, seed=0, device=device, flip=data.name == "cifar10")
@@ -197,7 +212,8 @@ def train(data, device):
         x, y = batches(step)
         shift = np.random.default_rng(step).integers(-2, 3, 2).tolist()  # by at most two pixels
         logits, _ = model(x.roll(shift, (2, 3)))
-        F.cross_entropy(logits, y, label_smoothing=0.05).backward()
+        parts = zip(logits.split(sizes, 1), y.view(len(y), -1).T, strict=True)
+        sum(F.cross_entropy(p, v, ignore_index=-1, label_smoothing=0.05) for p, v in parts).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -212,15 +228,16 @@ def weights_hash(weights):
     return digest.hexdigest()
 
 
-def classifier(data, folder, device):
+def classifier(data, folder, device, sizes=None):
     """-> (Classifier of a dataset, its name), from the cache, or trained and put there. Raises UserError."""
+    sizes = sizes or [len(data.classes)]
     digest = hashlib.blake2b(digest_size=8)  # of all that it depends on, this code among it
     for source in (Classifier, train, common.Batches):
         digest.update(inspect.getsource(source).encode())
-    digest.update(repr((STEPS, BATCH, data.name, len(data.classes), data.images.shape)).encode())
+    digest.update(repr((STEPS, BATCH, data.name, sizes, data.images.shape)).encode())
     digest.update(data.images.numpy().tobytes() + data.labels.numpy().tobytes())
     file = Path(folder) / f"{data.name[:40]}_{digest.hexdigest()}.pt"
-    model = Classifier(data.images.shape[1], len(data.classes)).to(device).eval().requires_grad_(False)
+    model = Classifier(data.images.shape[1], sizes).to(device).eval().requires_grad_(False)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         if weights_hash(state["model"]) != state["hash"]:
@@ -233,7 +250,7 @@ def classifier(data, folder, device):
         print0(f"warning: {file} is damaged ({first_line(e)}); training its classifier again")
     make_folder(folder, "--cache")  # before the minutes of training, not after
     start = time.perf_counter()
-    weights = train(data, device)
+    weights = train(data, sizes, device)
     print0(f"trained in {time.perf_counter() - start:.0f} s")
     state = {"model": weights, "hash": weights_hash(weights)}
     common.write_atomically(file, lambda f: torch.save(state, f))
@@ -254,9 +271,11 @@ def make_folder(path, flag):
 
 @torch.no_grad()
 def read(model, images, device):
-    """uint8 [N, C, H, W] -> (the classes that the classifier sees [N], features [N, 64]), on the CPU."""
+    """uint8 [N, C, H, W] -> (the classes that the classifier sees [N] or [N, attributes], features [N, 64]),
+    on the CPU."""
     parts = [model(x.to(device).float() / 127.5 - 1) for x in images.split(500)]
-    return torch.cat([p.argmax(1).cpu() for p, _ in parts]), torch.cat([z.cpu() for _, z in parts])
+    seen = [torch.stack([q.argmax(1) for q in p.split(model.sizes, 1)], 1).squeeze(1) for p, _ in parts]
+    return torch.cat(seen).cpu(), torch.cat([z for _, z in parts]).cpu()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -315,6 +334,53 @@ def draw_neighbours(path, images, train, ratios, k=9):
     zoom = max(1, 64 // images.shape[-1])
     picture = Image.fromarray(sheet.repeat(zoom, 0).repeat(zoom, 1))
     common.write_atomically(path, lambda f: picture.save(f, "png"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Attributes of drawn digits
+
+
+def attributes(captions):
+    """[N] captions of digits -> int64 [N, 5], indices of digit, weight, lean, pen and paper; -1: not said."""
+    index = [{w: i for i, w in enumerate(names)} for names in common.DIGITS.values()]
+    index[0] |= {str(i): i for i in range(10)}
+    rows = [
+        [next((k[w] for w in re.findall(r"\w+", c.lower()) if w in k), -1) for k in index] for c in captions
+    ]
+    return torch.tensor(rows)
+
+
+def is_unseen(y):
+    """Attributes [N, 5] -> bool [N]: combinations of digit, pen and paper that training lacks."""
+    return (y[:, 0] + y[:, 3] + y[:, 4]) % 5 == 0
+
+
+def by_attributes(images, protocol, flags, device):
+    """Prints the shares of samples with each attribute as in their prompt, and all five -> the report."""
+    prompts, (n, channels, side, _) = protocol.get("prompt"), images.shape
+    text = "; give samples of a run that was trained on digits with --text on and --channels 3"
+    common.require(flags.dataset == "digits" and channels == 3, f"--attributes is for digits in colour{text}")
+    common.require(prompts, f"--attributes: the file has no prompts{text}")
+    asked = attributes([prompts[i % len(prompts)] for i in range(n)])
+    train_set, test_set = (
+        common.load_dataset("digits", "", split, side, channels) for split in ("train", "test")
+    )
+    train_set, test_set = (
+        replace(d, labels=attributes([c for (c,) in d.captions])) for d in (train_set, test_set)
+    )
+    sizes, report = [len(words) for words in common.DIGITS.values()], {}
+    model, name = classifier(train_set, flags.cache, device, sizes)
+    print0(f"samples     {n:,}, {protocol_line(protocol)}")
+    print0(f"classifier  {name}\n\n{'':26}" + "".join(f"{k:>10}" for k in [*common.DIGITS, "all", "n"]))
+    for kind, x, y in (("samples", images, asked), ("true images", test_set.images, test_set.labels)):
+        right, complete = read(model, x, device)[0] == y, (y >= 0).all(1)
+        for of, rows in (("of training", complete & ~is_unseen(y)), ("held out", complete & is_unseen(y))):
+            shares = [*right[rows].float().mean(0).tolist(), right[rows].all(1).float().mean().item()]
+            report[f"{kind}, {of}"] = dict(
+                zip([*common.DIGITS, "all", "n"], [*shares, int(rows.sum())], strict=True)
+            )
+            print0(f"{kind + ', ' + of:26}" + "".join(f"{v:10.1%}" for v in shares) + f"{rows.sum():10,}")
+    return {"classifier": name, "protocol": protocol, "attributes": report}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -410,6 +476,12 @@ def main(argv):
     images, labels, protocol = load_samples(path)
     make_folder(stem.parent, "--out")
     n, channels, size = images.shape[:3]
+    if flags.attributes:
+        results = by_attributes(images, protocol, flags, device)
+        common.write_atomically(
+            Path(f"{stem}_attributes.json"), lambda f: f.write(json.dumps(results, indent=1).encode())
+        )
+        return print0(f"\nwrote {stem}_attributes.json")
     train_set, test_set = (
         common.load_dataset(flags.dataset, flags.data_root, split, size, channels, max_bytes=math.inf)
         for split in ("train", "test")

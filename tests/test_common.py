@@ -34,10 +34,10 @@ def test_digits_are_deterministic_balanced_and_split():
     assert test.images.shape == (2_000, 1, 28, 28) and test.labels.bincount().tolist() == [200] * 10
     train = {x.numpy().tobytes() for x in a.images}
     assert len(train) == 20_000 and not any(x.numpy().tobytes() in train for x in test.images)
-    # images of a class look alike: the nearest class mean of the training split is right for most digits
+    # images of a class look alike: the nearest class mean is right for most digits, however they lean
     means = torch.stack([a.images[a.labels == c].float().mean(0).flatten() for c in range(10)])
     nearest = torch.cdist(test.images.float().flatten(1), means).argmin(1)
-    assert (nearest == test.labels).float().mean() > 0.6
+    assert (nearest == test.labels).float().mean() > 0.5
     assert common.load_dataset("digits", split="test", channels=3).images.shape[1:] == (3, 32, 32)
     assert common.load_dataset("digits", split="test", image_size=16).images.shape[1:] == (1, 16, 16)
 
@@ -356,6 +356,23 @@ def test_images_are_saved_as_a_grid_and_an_animation(tmp_path):
     with pytest.raises(UserError, match="the samples are not finite"):
         common.save_images(tmp_path / "y", images / 0)
     assert not (tmp_path / "y.png").exists()
+
+
+@pytest.mark.parametrize("channels, size", [(1, 28), (3, 64), (3, 100)])
+def test_captions_are_printed_below_the_images(tmp_path, channels, size):
+    """Black on white in a strip below each image, which stays as it is, however long or strange they are."""
+    images = torch.full((12, channels, size, size), -0.5)
+    captions = ["a cat", "", "word " * 200, "x" * 500, "猫が好き", "caf\udce9", *["a cat"] * 6]
+    common.save_images(tmp_path / "x", images, [images, images], captions=captions)
+    x, zoom = np.asarray(Image.open(tmp_path / "x.png").convert("L")), max(1, 64 // size)
+    side, pad = zoom * size, 2 * zoom
+    height = (x.shape[0] - 3 * pad) // 2 - side
+    assert x.shape[1] == 10 * (side + pad) + pad and height > 8 * 11
+    tiles = [x[pad : pad + side + height, pad + i * (side + pad) :][:, :side] for i in range(5)]
+    assert all((tile[:side] == 64).all() and (tile[side:] > 200).mean() > 0.5 for tile in tiles)
+    dark = [(tile[side:] < 100).sum() for tile in tiles]
+    assert 0 == dark[1] < dark[0] < dark[2]
+    assert Image.open(tmp_path / "x.gif").size == x.shape[::-1]
 
 
 def test_readme_has_each_section_once_and_only_flags_that_exist():

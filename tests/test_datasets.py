@@ -1,6 +1,7 @@
 """MNIST, folders and zips of images: classes, held-out images, file formats, messages."""
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -437,6 +438,74 @@ def test_fingerprints_depend_on_content_but_not_on_place(tmp_path):
     first.write_bytes(first.read_bytes() + b" ")
     assert on_disk(here).fingerprint() != disk
     assert replace(a, labels=1 - a.labels).fingerprint() != a.fingerprint()
+
+
+# ---- captions
+
+
+def captioned():
+    """{file name: content} with captions by both conventions, and with what may be wrong about them."""
+    files = images(train__a=4, train__b=2, test__a=2)
+    lines = [
+        {"file_name": "train/a/000.png", "text": ["one  cat", "a cat "]},
+        {"file_name": "./test/a/000.png", "text": "held out"},
+        {"file_name": "train/a/001.png", "text": " "},
+        {"file_name": "train/a/009.png", "text": "a ghost"},
+    ]
+    files["metadata.jsonl"] = b"\xef\xbb\xbf" + "\n".join(map(json.dumps, lines)).encode()
+    files["train/b/metadata.jsonl"] = (
+        b'\n{"file_name": "000.png", "text": "nes\xe2\x80\xa8ted", "more": 1}\r\n'
+    )
+    files |= {"train/a/002.txt": b"\xef\xbb\xbfbeside\nit", "train/a/003.TXT": "größer".encode()}
+    return files | {"train/a/notes.txt": b"of nobody", "test/a/001.txt": b"held out, too"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_captions_by_both_conventions(tmp_path, capsys, kind):
+    path = (folder if kind == "folder" else pack)(tmp_path / f"set.{kind}", captioned())
+    train, held_out = load(path, captions=True, image_size=8, channels=3)
+    want = [["one cat", "a cat"], [], ["beside it"], ["größer"], ["nes ted"], []]
+    assert train.files[4].endswith("train/b/000.png") and train.captions == want
+    assert held_out.captions == [["held out"], ["held out, too"]]
+    notes = capsys.readouterr().out.splitlines()
+    missing = "2 images have no caption (train/a/001.png), 1 captions are empty (train/a/001.png)"
+    lost = "2 captions name no image (train/a/009.png)"
+    assert notes == [f"note    train: {missing}, {lost}"]
+    plain = common.load_dataset(str(path))
+    assert plain.captions == [] and "ignored in" in capsys.readouterr().out
+    assert plain.fingerprint() == train.fingerprint()
+    few = common.evaluation_set(train)
+    assert all(
+        torch.equal(few.images[i], train.images[want.index(c)]) for i, c in enumerate(few.captions) if c
+    )
+
+
+@pytest.mark.parametrize(
+    "name, data, match",
+    [
+        ("metadata.jsonl", b'{"file_name": "a/000.png", "text": "x"}\n{"file_na', "Unterminated string"),
+        ("metadata.jsonl", b'{"file_name": "a/000.png"}', "'text'"),
+        ("metadata.jsonl", b'{"file_name": "a/000.png", "text": 7}', "no attribute 'split'"),
+        ("metadata.jsonl", b'{"file_name": "a/000.png", "text": {"en": "x"}}', "no attribute 'split'"),
+        ("metadata.jsonl", b'{"file_name": "a/000.png", "text": "\\ud83d"}', "surrogates not allowed"),
+        ("metadata.jsonl", b'{"file_name": "a/000.png", "text": ["x", null]}', "no attribute 'split'"),
+        ("metadata.jsonl", b'{"file_name": 7, "text": "x"}', "expected string"),
+        ("metadata.jsonl", b"[1]", "list indices"),
+        ("a/000.txt", b"caf\xe9", "codec can't decode"),
+    ],
+)
+def test_captions_that_cannot_be_read_are_one_line(tmp_path, name, data, match):
+    path = folder(tmp_path / "set", images(a=3) | {name: data})
+    with pytest.raises(
+        UserError, match=rf"set: cannot read captions from {name} \(.*{match}.*\); write UTF-8"
+    ):
+        common.load_dataset(str(path), captions=True)
+    assert common.load_dataset(str(path)).captions == []
+
+
+def test_images_without_any_caption_have_none(tmp_path):
+    path = folder(tmp_path / "set", images(a=3) | {"metadata.jsonl": b"", "a/000.txt": b" \n"})
+    assert common.load_dataset(str(path), captions=True).captions == []
 
 
 PATHS = """

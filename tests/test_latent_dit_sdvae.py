@@ -1,7 +1,6 @@
-"""The third script: its VAE, its cache of latents, both methods against closed forms, and its runs."""
+"""The third script: its VAE, caches, text, its method against closed forms, and its runs."""
 
 import json
-import math
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from test_ddim_sample import main  # noqa: F401
 
 import common
 import latent_dit_sdvae as ld
@@ -26,6 +26,7 @@ NAME, CPU = "latent_dit_sdvae.py", torch.device("cpu")
 TINY = "--dim 32 --depth 2 --heads 2 --patch 1 --bs 8 --sampling-steps 4 --num-samples 10".split()
 TINY += "--compile off --dtype float32 --lr 2e-3 --dataset digits --image-size 16".split()
 SMALL = Config(dim=32, depth=2, heads=2, patch=1, shape=(4, 4, 4))
+WORDS = {"text": "on", "words": ("a", "big", "cat", "dog"), "text_shape": (5,), "prompts": ("a cat", "a dog")}
 
 
 def small_vae(folder, channels=1, seed=0, **more):
@@ -267,19 +268,19 @@ def test_ranks_share_the_chunks(vae_folder, tmp_path, monkeypatch):
     assert count == 0 and np.array_equal(again, latents)
 
 
-def folder_of_images(home, n=300, size=20):
+def folder_of_images(home, n=300, size=20, classes="ab"):
     pixels = np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
     for i, x in enumerate(pixels):
-        file = home / "images" / "ab"[i % 2] / f"{i:04}.png"
+        file = home / "images" / classes[i % len(classes)] / f"{i:04}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(x).save(file)
-    return str(home / "images")
+    return home / "images"
 
 
 def test_images_that_memory_does_not_hold(tmp_path, monkeypatch):
     """A folder is read when it is encoded, and gives the same; an error names what cannot be read."""
     vae_folder = small_vae(tmp_path / "vae", channels=3)
-    folder = folder_of_images(tmp_path)
+    folder = str(folder_of_images(tmp_path))
     cfg, data, _, vae = prepared(vae_folder, tmp_path, dataset=folder)
     eager, *_ = cached(monkeypatch, cfg, data, vae)
     monkeypatch.setattr(common, "MAX_BYTES", 0)
@@ -361,24 +362,19 @@ def test_shapes_start_and_gradients(more):
     assert all(g.abs().sum() > 0 for g in grads[0])
 
 
-@pytest.mark.parametrize("method", ["rf", "ddpm"])
-def test_what_the_network_predicts(method):
-    cfg = Config(method=method, guidance=1.0)
+def test_what_the_network_predicts():
+    cfg = Config(guidance=1.0)
     x0, eps, t = torch.randn(2, 5, 4, 4, 4).unbind(0) + (torch.tensor([0.0, 0.3, 0.5, 0.9, 1.0]),)
     alpha, sigma = (c.view(-1, 1, 1, 1) for c in ld.path(t, cfg))
     assert alpha[0] == 1 and sigma[0] == 0 and alpha[-1] == 0 and sigma[-1] == 1
     x, y = alpha * x0 + sigma * eps, torch.zeros(5, dtype=torch.long)
-    v = eps - x0 if method == "rf" else alpha * eps - sigma * x0
+    v = eps - x0
     torch.testing.assert_close(ld.predict(lambda *_: v, x, t, y, cfg), (x0, eps), rtol=1e-4, atol=1e-5)
     loss = ld.loss_per_sample(lambda *_: v + 2, x0, y, t, eps, cfg)
     torch.testing.assert_close(loss, torch.full((5,), 4.0))
     seen = []
     ld.loss_per_sample(lambda *a: seen.append(a) or a[0], x0, y, t, eps, cfg)
     torch.testing.assert_close(seen[0][0], x)
-    if method == "ddpm":  # Nichol & Dhariwal's schedule, but for its offset and clipping
-        k = torch.arange(100, 901, 100) / 1000
-        f = torch.cos((k + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
-        torch.testing.assert_close(ld.path(k, cfg)[0] ** 2, f, rtol=0, atol=0.02)
 
 
 def test_guidance():
@@ -404,17 +400,14 @@ def test_guidance():
 M, S = torch.tensor([0.4, -0.2]).double(), torch.tensor([[0.9, 0.4], [0.4, 0.5]]).double()
 
 
-@pytest.mark.parametrize("method", ["rf", "ddpm"])
-def test_sampling_follows_the_flow_of_a_gaussian(method):
+def test_sampling_follows_the_flow_of_a_gaussian():
     """For data N(M, S) x_t is N(alpha M, C), C = alpha^2 S + sigma^2 I, and x_0 = M + S^(1/2) x_1."""
-    cfg = Config(method=method, guidance=1.0)
+    cfg = Config(guidance=1.0)
 
     def exact(x, t, y):
         (alpha, sigma), one = (c[0].double() for c in ld.path(t, cfg)), torch.eye(2).double()
         whitened = (x.flatten(1) - alpha * M) @ torch.linalg.inv(alpha**2 * S + sigma**2 * one)
-        x0, eps = M + alpha * whitened @ S, sigma * whitened
-        v = eps - x0 if method == "rf" else alpha * eps - sigma * x0
-        return v.view_as(x)
+        return (sigma * whitened - (M + alpha * whitened @ S)).view_as(x)
 
     x = torch.randn(200, 1, 1, 2, generator=torch.Generator().manual_seed(1)).double()
     values, vectors = torch.linalg.eigh(S)
@@ -463,6 +456,220 @@ def test_the_size_of_queries_and_keys_does_not_matter():
 
 
 # ------------------------------------------------------------------------------------------------
+# Text
+
+
+def captioned(kind):
+    """-> (cfg, model, y of two captions: five words, and two words with padding)."""
+    cfg = replace(SMALL, **WORDS)
+    if kind == "hidden states":
+        cfg = replace(cfg, words=(), text_shape=(5, 12))
+        y = torch.randn(2, 5, 12) * torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])[..., None]
+    else:
+        y = ld.encode_text(["a big dog, a CAT", "big cat"], cfg)
+        assert y.tolist() == [[1, 2, 4, 1, 3], [2, 3, 0, 0, 0]]
+    return cfg, random_model(cfg), y
+
+
+@pytest.mark.parametrize("kind", ["words", "hidden states"])
+def test_a_caption_reaches_every_block_and_padding_none(kind):
+    cfg, model, y = captioned(kind)
+    x, t, seen = torch.randn(2, *cfg.shape), torch.rand(2), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *a: seen.append(a[-1][:, 5:]))
+    out = model(x, t, y)
+    changed = y.clone()
+    changed[:, 1] = y[:, 0]  # one word
+    other, depth = model(x, t, changed), cfg.depth
+    assert len(seen) == 2 * depth and out.shape == x.shape
+    for before, after in zip([*seen[:depth], out], [*seen[depth:], other], strict=True):
+        assert ((before - after).flatten(1).abs().max(1).values > 1e-4).all()
+    assert not torch.allclose(model(x, t, y.flip(1))[0], out[0], atol=1e-4)  # their order matters
+    # more padding, another vector for it, other positions there: all the same
+    longer = ld.build_model(replace(cfg, text_shape=(9, *cfg.text_shape[1:])))
+    state = model.state_dict() | {"text_pos": torch.cat([model.text_pos.data, torch.randn(4, cfg.dim)])}
+    longer.load_state_dict(state)
+    if kind == "words":
+        longer.y_embed.weight.data[0] += 1
+    more = torch.cat([y, torch.zeros(2, 4, *y.shape[2:], dtype=y.dtype)], 1)
+    torch.testing.assert_close(longer.eval()(x, t, more), out)
+    torch.testing.assert_close(model(x[1:], t[1:], y[1:]), out[1:])  # captions do not see each other
+
+
+@pytest.mark.parametrize("kind", ["words", "hidden states"])
+def test_the_null_caption_is_the_empty_one_and_captions_are_of_their_row(kind):
+    cfg, model, y = captioned(kind)
+    x, t, empty = torch.randn(2, *cfg.shape), torch.rand(2), torch.zeros_like(y)
+    assert torch.equal(ld.null(y, cfg), empty) and torch.isfinite(model(x, t, empty)).all()
+    if kind == "words":
+        assert torch.equal(ld.encode_text(["", "unknown"], cfg), empty)
+    x0, eps = ld.predict(model, x, t, y, cfg, guidance=0.0)
+    torch.testing.assert_close(eps - x0, model(x, t, empty))
+    cfg = replace(cfg, sampling_steps=4, guidance=3.0)
+    noise = torch.randn(1, *cfg.shape).expand(2, -1, -1, -1)
+    samples, swapped = (ld.sample(model, noise, c, cfg)[0] for c in (y, y.flip(0)))
+    torch.testing.assert_close(swapped, samples.flip(0))
+    assert not torch.allclose(samples[0], samples[1], atol=1e-3)
+
+
+def test_every_caption_of_an_image_is_drawn():
+    cfg = replace(SMALL, **WORDS)
+    captions = [["a cat", "a dog", "big cat"], [], ["a dog"]]
+    data = common.Dataset("x", torch.zeros(3, 1, 4, 4), torch.zeros(3).long(), ["x"], captions=captions)
+    y = ld.Captions(data, cfg, CPU)
+    drawn = y(torch.zeros(9).long(), torch.arange(9) / 9)
+    assert torch.equal(drawn, ld.encode_text(captions[0], cfg).repeat_interleave(3, 0))
+    assert torch.equal(
+        y(torch.tensor([1, 2]), torch.tensor([0.99, 0.99])), ld.encode_text(["", "a dog"], cfg)
+    )
+
+
+@pytest.mark.parametrize(
+    "prompts, match",
+    [
+        (["a cat", "a CaT!"], None),
+        (["a purple cat"], "the training captions have no purple; describe an image, as in 'a cat'"),
+        (["一只猫"], "have no 一, 只, 猫; describe"),
+        ([""], "the prompt '' has no words"),
+        (["a cat", " .. "], "has no words"),
+        (["a cat a cat a cat"], r"prompt 'a cat a cat a cat' has 6 tokens; this run takes at most 5"),
+    ],
+)
+def test_prompts(prompts, match):
+    cfg = replace(SMALL, **WORDS)
+    if match:
+        with pytest.raises(common.UserError, match=match):
+            ld.conditions(prompts, cfg)
+    else:
+        assert ld.conditions(prompts, cfg).tolist() == [[1, 3, 0, 0, 0]] * 2
+        assert torch.equal(ld.conditions([], cfg), ld.encode_text(WORDS["prompts"], cfg))
+
+
+def test_words_of_any_language():
+    assert ld.split_words("Ein GROSSES Café, 3-mal: l'été") == [
+        "ein",
+        "grosses",
+        "café",
+        "3",
+        "mal",
+        "l",
+        "été",
+    ]
+    assert ld.split_words("一只red猫、в_лесу") == ["一", "只", "red", "猫", "в", "лесу"]
+    assert ld.split_words("cafe\u0301") == ["café"]
+
+
+def test_words_are_numbered_the_same_in_every_process_and_rare_ones_go(vae_folder, tmp_path):
+    cfg, data, *_ = prepared(vae_folder, tmp_path, text="on")
+    assert cfg.words == tuple(sorted(cfg.words)) and {"seven", "7", "leaning"} <= {*cfg.words}
+    assert cfg.text_shape == (5,) and len({*cfg.prompts}) == 10
+    data.captions = [[f"common word{i}"] for i in range(20_000)]
+    cfg = ld.prepare_text(cfg, data)
+    assert len(cfg.words) == 8192 and "common" in cfg.words
+    assert len(ld.prepare_text(replace(cfg, text="off"), data).words) == 0
+
+
+def test_long_captions_are_cut(vae_folder, tmp_path, capsys):
+    cfg, *_ = prepared(vae_folder, tmp_path, text="on", text_tokens=3)
+    assert cfg.text_shape == (3,) and ld.encode_text(["bold seven leaning left"], cfg).shape == (1, 3)
+    assert re.search(r"captions of at most 5 tokens, \d+ cut to 3\n", capsys.readouterr().out)
+
+
+def small_clip(folder, seed=0):
+    """A random CLIP text model with a tokenizer of letters, in transformers' format."""
+    transformers = pytest.importorskip("transformers")
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
+    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer.model_max_length = 24
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"vocab_size": len(tokens), "bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1}
+    config = transformers.CLIPTextConfig(**sizes, **ids, max_position_embeddings=24)
+    transformers.CLIPTextModel(config).save_pretrained(folder)
+    ld.read_text_encoder.cache_clear()
+    return folder
+
+
+def test_a_frozen_text_encoder(tmp_path, monkeypatch, shared, main, capsys):  # noqa: F811
+    """Its hidden states are encoded once, cached as latents are, and belong to the run."""
+    clip, cache = small_clip(tmp_path / "clip"), tmp_path / "cache"
+    flags = ["--vae", shared[1], "--cache", cache, "--text", "on", "--text-encoder", clip, "--eval-every", 0]
+    run = train(tmp_path, monkeypatch, *flags, "--steps", 3)
+    printed = capsys.readouterr().out
+    count = int(re.search(r"text    ([\d,]+) different captions of at most", printed)[1].replace(",", ""))
+    assert 0 < count < ld.CHUNK and printed.count("encoding 1 of 1 chunks of captions") == 2
+    cfg = ld.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config(run).items()})
+    data = common.load_dataset("digits", image_size=16)
+    captions, rows = ld.Captions(data, cfg, CPU), torch.arange(50)
+    y, texts = captions(rows, torch.zeros(50)), [data.captions[i][0] for i in range(50)]
+    torch.testing.assert_close(y, ld.encode_text(texts, cfg), rtol=1e-2, atol=1e-2)  # float16
+    assert cfg.text_shape == y.shape[1:] == (24, 16) and cfg.words == ()
+    letters = torch.tensor([len(t.replace(" ", "")) for t in texts])
+    lengths = (letters + 2).clamp(max=24)  # with start and end
+    assert torch.equal((y != 0).any(-1).sum(1), lengths)
+    assert not ld.encode_text([""], cfg).any()  # not even start and end
+    files = sorted(cache.glob("digits_captions_*/*.npy"))
+    os.truncate(files[0], 1000)
+    before = [f.stat().st_mtime_ns for f in files[1:]]
+    assert len(files) == 2  # of the training and the held-out split
+    train(tmp_path, monkeypatch, "--resume", run, "--steps", 5)
+    assert len(lines(run)) == 5 and [f.stat().st_mtime_ns for f in files[1:]] == before
+    assert "encoding 1 of" in capsys.readouterr().out
+    prompts = ["--num-samples", 4, "--steps", 2, "--prompt"]
+    main(run, *prompts, "a thin 3")
+    shutil.copytree(clip, tmp_path / "kept")
+    shutil.rmtree(clip)
+    for command, match in [
+        (lambda: main(run, *prompts, "a thin 3"), "cannot load text encoder"),
+        (lambda: small_clip(clip, seed=1) and main(run, *prompts, "a thin 3"), f"text encoder {clip} is not"),
+        (lambda: train(tmp_path, monkeypatch, "--resume", run), f"text encoder {clip} is not the one"),
+        (lambda: main(run, *prompts, "x" * 30), f"text encoder {clip} is not the one"),
+        (lambda: train(tmp_path, monkeypatch, "--resume", run, "--text-encoder="), "--text-encoder is ''"),
+    ]:
+        ld.read_text_encoder.cache_clear()
+        with pytest.raises(SystemExit) as e:
+            command()
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert e.value.code == 2 and error.startswith(f"error: {match}"), error
+    train(tmp_path, monkeypatch, "--resume", run, "--steps", 6, "--text-encoder", tmp_path / "kept")
+    with pytest.raises(SystemExit):
+        main(run, *prompts, "x" * 30)
+    assert "has 32 tokens; this run takes at most 24" in capsys.readouterr().err and len(lines(run)) == 6
+
+
+def test_transformers_is_asked_for_when_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    ld.read_text_encoder.cache_clear()
+    with pytest.raises(common.UserError, match="needs transformers; install it: pip install transformers"):
+        ld.read_text_encoder("openai/clip-vit-large-patch14")
+
+
+def test_captions_without_a_word_are_one_line(vae_folder, tmp_path):
+    cfg, data, *_ = prepared(vae_folder, tmp_path)
+    for captions in ([[]] * 3, [["!!"], ["..."]]):
+        data.captions = captions
+        with pytest.raises(common.UserError, match="no caption of digits has a word; write some, or use"):
+            ld.prepare_text(replace(cfg, text="on"), data)
+
+
+def test_names_of_classes_are_captions_where_there_are_none(tmp_path, monkeypatch, capsys):
+    vae = small_vae(tmp_path / "vae", channels=3)
+    flags = ["--dataset", folder_of_images(tmp_path), "--vae", vae, "--text", "on", "--steps", 2]
+    run = train(tmp_path, monkeypatch, *flags)
+    assert "note    no captions: the names of classes are the captions" in capsys.readouterr().out
+    assert config(run)["words"] == ["a", "b"] and sorted(config(run)["prompts"]) == ["a", "b"]
+
+
+def config(run):
+    return common.yaml.safe_load((run / "run.yaml").read_text())["config"]
+
+
+# ------------------------------------------------------------------------------------------------
 # Training, in this process
 
 
@@ -500,20 +707,20 @@ def lines(run, name="loss"):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--method ddpm",
-        "--method rf --latent-mode mean --t-sampling logit-normal --shift 2 --weight-decay 0.1",
+        "--latent-mode mean --t-sampling logit-normal --shift 2 --weight-decay 0.1",
+        "--text on --grad-accum 2 --grad-checkpoint --dtype bfloat16",
         "--class-dropout 1 --grad-accum 4 --patch 2",
         "--class-dropout 0 --guidance 1 --grad-checkpoint --dtype bfloat16",
     ],
 )
 def test_flags_train_and_sample(tmp_path, monkeypatch, shared, capsys, flags):
     run = train(tmp_path, monkeypatch, *shared, *flags.split(), "--steps", 4, "--eval-every", 2)
-    method = "ddpm" if "ddpm" in flags else "rf"
-    assert run.parent.name == method and run.name.startswith(f"{method}_latentdit_")
+    assert run.parent.name == "rf" and run.name.startswith("rf_latentdit_")
     assert len(lines(run)) == 4 and len(lines(run, "val")) == 2
     assert None not in lines(run, "val")[0]["loss_t"]
     sizes = [Image.open(run / "samples" / f"step_00000004.{x}").size for x in ("png", "gif")]
     assert sizes[0] == sizes[1] and sizes[0][0] == 4 * (10 * (16 + 2) + 2)
+    assert sizes[0][1] == 4 * (16 + 4) + ("text" in flags) * (4 * 13 + 2)  # captions of up to four lines
     picture = np.asarray(Image.open(run / "samples" / "reconstruction.png"))
     assert picture.shape[0] == picture.shape[1] and "with a PSNR of" in capsys.readouterr().out
 
@@ -561,8 +768,8 @@ def test_the_loop_reads_the_device_only_to_log(tmp_path, monkeypatch, shared):
 
 
 def test_it_learns(tmp_path, monkeypatch, shared):
-    for method in ("rf", "ddpm"):
-        flags = ["--method", method, *"--bs 32 --steps 150 --eval-every 50".split()]
+    for text in ("off", "on"):
+        flags = ["--text", text, *"--bs 32 --steps 150 --eval-every 50".split()]
         run = train(tmp_path, monkeypatch, *shared, *flags)
         losses = [x["loss"] for x in lines(run, "val")]
         assert losses == sorted(losses, reverse=True) and losses[-1] < 0.99 * losses[0], losses
@@ -585,7 +792,17 @@ def test_it_learns(tmp_path, monkeypatch, shared):
         ("--muon-lr nan", "--muon-lr is nan"),
         ("--class-dropout 0", "--guidance needs"),
         ("--guidance-interval 0.8 0.2", "--guidance-interval must be two times"),
-        ("--method flow", "invalid choice"),
+        ("--text-encoder nowhere/nothing", "--text-encoder needs --text on"),
+        (
+            "--text on --text-encoder nobody/nothing",
+            "cannot load text encoder nobody/nothing .*transformers' format|needs transformers",
+        ),
+        ("--text on --text-encoder {tmp}/unet", "cannot load text encoder .*/unet|needs transformers"),
+        ("--text on --text-tokens 0", "--text-tokens is 0"),
+        (
+            "--text on --dataset {tmp}/bare",
+            "/bare has neither captions nor classes; write 1.txt beside 1.jpg, or",
+        ),
         ("--latent-mode median", "invalid choice"),
         ("--dataset nowhere", "there is no dataset nowhere"),
         ("--lataent-mode mean", "did you mean --latent-mode"),
@@ -598,6 +815,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, shared, capsy
     os.truncate(weights, 1000)
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    folder_of_images(tmp_path, 3, classes=".").rename(tmp_path / "bare")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or it asks for 23 s
     before = sorted(Path(shared[3]).rglob("*"))
     with pytest.raises(SystemExit) as e:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import quality as q
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
@@ -152,7 +152,8 @@ def test_real_images_are_at_the_baseline(measure, digits):
     protocol = json.dumps({"nfe": 12, "solver": "heun", "rounding": "round(127.5 x + 127.5)"})
     metrics, printed, results = measure(data.images[:300], data.labels[:300], protocol=protocol)
     for key in ("FD", "KID"):
-        assert metrics[key]["samples"] < np.mean(metrics[key]["baseline"]) < 0.02 * metrics[key]["noise"]
+        noise, baseline = metrics[key]["noise"], np.mean(metrics[key]["baseline"])
+        assert metrics[key]["samples"] < baseline + 0.001 * noise and baseline < 0.02 * noise
         assert len(set(metrics[key]["baseline"])) == q.BASELINES
     assert metrics["precision"]["samples"] == 1 and metrics["precision"]["noise"] < 0.1
     assert metrics["recall"]["samples"] > 0.7 and metrics["recall"]["noise"] < 0.1
@@ -412,6 +413,73 @@ def test_as_a_program(script, tmp_path):
     assert process.returncode == 2 and process.err.startswith("error: none.npz") and not process.out
     process = script("tests/quality.py", "--help")
     assert process.returncode == 0 and "--inception" in process.out and not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------
+# Captions and attributes of drawn digits
+
+
+def test_captions_say_how_digits_are_drawn():
+    """Colours are those of the words, and a fifth of the combinations is for the held-out split alone."""
+    names, unseen = [w for words in common.DIGITS.values() for w in words], {}
+    assert len(names) == len({*names})  # a word belongs to one attribute
+    for split in ("train", "test"):
+        data = common.load_dataset("digits", split=split, channels=3)
+        rows = q.attributes([c for (c,) in data.captions])
+        said = (rows >= 0).float().mean(0)
+        assert torch.equal(rows[:, 0], data.labels) and (said[1:] > 0.8).all() and (said[1:] < 0.9).all()
+        assert max(len(c.split()) for (c,) in data.captions) == 9
+        pixels, chosen = data.images.flatten(2).float(), torch.arange(len(rows))
+        paper = data.images[:, :, 0].float().median(2).values
+        pen = pixels[chosen, :, (pixels - paper[..., None]).norm(dim=1).argsort(1)[:, -20]]
+        for k, colour in {"pen": pen, "paper": paper}.items():
+            column = rows[:, [*common.DIGITS].index(k)]
+            named = torch.tensor([ImageColor.getrgb(w) for w in common.DIGITS[k]]).float()
+            assert (torch.cdist(colour, named).argmin(1) == column)[column >= 0].float().mean() > 0.95, k
+        unseen[split] = q.is_unseen(rows[(rows >= 0).all(1)]).float().mean().item()
+    assert unseen["train"] == 0 and 0.4 < unseen["test"] < 0.6
+    gray = common.load_dataset("digits", split="test").captions
+    assert (q.attributes([c for (c,) in gray])[:, 3:] == -1).all()
+
+
+def test_prompts_of_digits_name_every_attribute():
+    """tests/prompts.txt: 500 of combinations in the training split, then 500 of others; made as here."""
+    names, rng, prompts = [*common.DIGITS.values()], np.random.default_rng(0), []
+    for i in range(1000):
+        weight, lean, pen = (rng.integers(len(names[k])) for k in (1, 2, 3))
+        paper = ((0 if i >= 500 else rng.integers(1, 5)) - i % 10 - pen) % 5
+        words = [w[k] for w, k in zip(names, (i % 10, weight, lean, pen, paper), strict=True)]
+        prompts.append(common.describe(words, rng, keep=1))
+    assert (Path(q.__file__).parent / "prompts.txt").read_text().splitlines() == prompts
+    rows = q.attributes(prompts)
+    assert (rows >= 0).all() and q.is_unseen(rows).tolist() == [False] * 500 + [True] * 500
+
+
+def test_attributes_of_true_images_are_seen_and_of_swapped_prompts_not(tmp_path, monkeypatch, capsys):
+    """The classifier reads images of the test split as their captions say, whichever words these use."""
+    monkeypatch.setattr(q, "STEPS", 250)
+    data = common.load_dataset("digits", split="test", image_size=16, channels=3)
+    captions = [c for (c,) in data.captions]
+    rows = (q.attributes(captions) >= 0).all(1).nonzero().flatten()[:400]
+    prompts, shares = [captions[i] for i in rows], []
+    for given in (prompts, prompts[1:] + prompts[:1]):
+        arrays = {"arr_0": data.images[rows].permute(0, 2, 3, 1).numpy()}
+        np.savez(tmp_path / "s.npz", **arrays, protocol=json.dumps({"prompt": given}))
+        q.main(["s.npz", "--dataset", "digits", "--attributes", "--device", "cpu"])
+        report = json.loads((tmp_path / "s_attributes.json").read_text())["attributes"]
+        assert [*report["samples, held out"]] == [*common.DIGITS, "all", "n"]
+        assert report["samples, held out"]["n"] + report["samples, of training"]["n"] == 400
+        shares.append([report[f"samples, {k}"]["all"] for k in ("of training", "held out")])
+        assert min(report["true images, held out"].values()) == report["true images, held out"]["all"]
+    assert "true images, held out" in capsys.readouterr().out
+    assert min(shares[0]) > 0.5 and max(shares[1]) < 0.05, shares
+
+
+def test_attributes_need_prompts_of_digits(digits, tmp_path, monkeypatch, capsys):
+    colour = {"arr_0": np.zeros((20, 16, 16, 3), np.uint8)}
+    np.savez(tmp_path / "s.npz", **colour)
+    assert "the file has no prompts" in refused(capsys, "s.npz", "--dataset", "digits", "--attributes")
+    assert "is for digits in colour" in refused(capsys, "s.npz", "--dataset", "mnist", "--attributes")
 
 
 def test_no_number_is_not_finite(measure, digits):

@@ -13,11 +13,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_ddim_sample import main  # noqa: F401
 from test_faults import at_step, same, weights
-from test_latent_dit_sdvae import small_vae
+from test_latent_dit_sdvae import config, small_vae
 
 import common
 import ddpm_unet_mnist as ddpm
@@ -284,7 +286,7 @@ def test_compiled_runs_resume_bit_for_bit(script, train):
     large = {
         ddpm: ["--mults", 1, "--bs", 256],
         rf: ["--dim", 128, "--bs", 64],
-        ld: ["--dim", 128, "--bs", 64],
+        ld: ["--dim", 128, "--bs", 64, "--text", "on"],
     }
     flags = [*large[script], "--steps", 24, "--save-every", 12, "--eval-every", 0, "--sample-every", 0]
     run = train(script, *flags, compiled=True)
@@ -449,3 +451,47 @@ def test_classes_by_name(tmp_path, train, main, capsys):  # noqa: F811
     main(run, *flags)  # 100 of them: names of files have an end
     assert max(len(p.name) for p in (run / "samples").iterdir()) < 200
     main(run, "--invert", "--steps", 2, "--classes", 4)
+
+
+def test_prompts_are_sampled_and_kept(tmp_path, train, main, capsys):  # noqa: F811
+    """As classes are; file names hold none, and the .npz, a .txt and the picture have them."""
+    run = train(ld, "--text", "on", "--steps", 2)
+    flags, prompts = (
+        ["--steps", 2, "--num-samples", 5, "--guidance", 3],
+        ["bold/7", "thin Three leaning left"],
+    )
+    typed = ["--prompt", prompts[0], "--prompt", prompts[1]]
+    main(run, *flags, *typed, "--npz", "--guidance-interval", 0.1, 0.9)
+    (file,) = (run / "samples").glob("*.npz")
+    with np.load(file) as z:
+        images, labels, shown = z["arr_0"], z["arr_1"], z["prompts"].tolist()
+        protocol = json.loads(str(z["protocol"]))
+    assert shown == [prompts[i % 2] for i in range(5)] and labels.tolist() == [-1] * 5
+    assert protocol["prompt"] == prompts and protocol["classes"] == []
+    assert file.with_suffix(".txt").read_text().splitlines() == prompts
+    assert not any("bold" in p.name for p in (run / "samples").iterdir())
+    assert Image.open(file.with_suffix(".png")).size == (4 * (5 * (16 + 2) + 2), 4 * (16 + 4) + 3 * 13 + 2)
+    (tmp_path / "prompts.txt").write_text("bold/7\n\n thin Three leaning left \n", "utf-8")
+    main(run, *flags, "--prompts", tmp_path / "prompts.txt", "--npz", "--guidance-interval", 0.1, 0.9)
+    assert list((run / "samples").glob("*.npz")) == [file] and (np.load(file)["arr_0"] == images).all()
+    main(run, "--num-samples", 2, "--compare", *typed)
+    main(run, *flags, "--interpolate", 3, "--solver", "heun")  # prompts of the run
+    main(run, "--num-samples", 5, "--solver", "own", "--set", "sampling_steps=2", *typed)
+    names = config(run)["prompts"]
+    assert [*(run / "samples").glob("*interpolate3.txt")][0].read_text().splitlines() == names
+    (tmp_path / "empty.txt").write_text("\n")
+    classes = train(rf, "--steps", 2)
+    unconditional = train(ld, "--text", "on", "--class-dropout", 1, "--steps", 2)
+    main(unconditional, "--steps", 2, "--num-samples", 2)
+    for command, match in [
+        ((run, "--classes", 7), "--classes: the run was trained on captions; use --prompt"),
+        ((run, "--prompt", "a purple 7"), "the training captions have no purple"),
+        ((run, "--prompts", tmp_path / "empty.txt"), "has no prompt; write one per line"),
+        ((run, "--prompts", tmp_path / "none.txt"), "none.txt"),
+        ((classes, "--prompt", "a 7"), "--prompt: the run was trained on classes; use --classes"),
+        ((unconditional, "--prompt", "a 7"), "--prompt: the run is unconditional; leave it out"),
+    ]:
+        with pytest.raises(SystemExit) as e:
+            main(*command, "--steps", 2)
+        error = capsys.readouterr().err
+        assert e.value.code == 2 and error.count("\n") == 1 and match in error, error
