@@ -474,17 +474,24 @@ def captioned(kind):
 @pytest.mark.parametrize("kind", ["words", "hidden states"])
 def test_a_caption_reaches_every_block_and_padding_none(kind):
     cfg, model, y = captioned(kind)
-    x, t, seen = torch.randn(2, *cfg.shape), torch.rand(2), []
+    x, t, seen, embed_text, changed = (
+        torch.randn(2, *cfg.shape),
+        torch.rand(2),
+        [],
+        model.embed_text,
+        y.clone(),
+    )
+    changed[:, 1] = y[:, 0]  # one word
     for block in model.blocks:
         block.register_forward_hook(lambda *a: seen.append(a[-1][:, 5:]))
-    out = model(x, t, y)
-    changed = y.clone()
-    changed[:, 1] = y[:, 0]  # one word
-    other, depth = model(x, t, changed), cfg.depth
-    assert len(seen) == 2 * depth and out.shape == x.shape
-    for before, after in zip([*seen[:depth], out], [*seen[depth:], other], strict=True):
-        assert ((before - after).flatten(1).abs().max(1).values > 1e-4).all()
-    assert not torch.allclose(model(x, t, y.flip(1))[0], out[0], atol=1e-4)  # their order matters
+    for way in ((1, 0), (0, 1), (1, 1)):  # by the tokens, by their mean, by both
+        model.embed_text = lambda y, way=way: [v * k for v, k in zip(embed_text(y), (*way, 1), strict=True)]
+        seen.clear()
+        out, other, depth = model(x, t, y), model(x, t, changed), cfg.depth
+        assert len(seen) == 2 * depth and out.shape == x.shape
+        for before, after in zip([*seen[:depth], out], [*seen[depth:], other], strict=True):
+            assert ((before - after).flatten(1).abs().max(1).values > 1e-4).all(), way
+        assert not torch.allclose(model(x, t, y.flip(1))[0], out[0], atol=1e-4), way  # their order matters
     # more padding, another vector for it, other positions there: all the same
     longer = ld.build_model(replace(cfg, text_shape=(9, *cfg.text_shape[1:])))
     state = model.state_dict() | {"text_pos": torch.cat([model.text_pos.data, torch.randn(4, cfg.dim)])}
@@ -522,6 +529,13 @@ def test_every_caption_of_an_image_is_drawn():
     assert torch.equal(
         y(torch.tensor([1, 2]), torch.tensor([0.99, 0.99])), ld.encode_text(["", "a dog"], cfg)
     )
+    latents, cfg = [np.zeros((3, 1, 2, 4, 4, 4), np.float16)], replace(cfg, bs=6)
+    steps = [ld.Latents(latents, data, cfg, CPU, captions=y)(i, torch.zeros(6, 4, 4, 4))[1] for i in range(9)]
+    drawn = torch.cat(steps)
+    assert all((drawn == c).all(1).any() for c in ld.encode_text(["a cat", "big cat", ""], cfg))
+    assert len({v.numpy().tobytes() for v in steps}) > 4  # other captions in other steps
+    halves = [ld.Latents(latents, data, cfg, CPU, r, 2, y)(4, torch.zeros(6, 4, 4, 4))[1] for r in (0, 1)]
+    assert torch.equal(torch.cat(halves), steps[4])
 
 
 @pytest.mark.parametrize(
