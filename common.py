@@ -262,7 +262,7 @@ def compile_blocks(model, name, cfg, worthwhile=True):
         return
     print0("compile takes up to a minute (--compile off does without)")
     for module in [m for n, m in model.named_modules() if re.fullmatch(name, n)] or [model]:
-        module.compile()
+        module.compile(dynamic=False)  # one graph for each shape, such as that of text
 
 
 def to_device(x, device):

@@ -77,8 +77,9 @@ def ours(script, cfg, device, dtype, use_compile):
 
     def steps():
         ema = common.EMA(model, cfg.ema_decay)
-        for module in (getattr(model, "blocks", [model])) if use_compile else []:
-            module.compile()
+        blocks = [*getattr(model, "blocks", [model]), *getattr(model, "text_blocks", [])]
+        for module in blocks if use_compile else []:
+            module.compile(dynamic=False)
         if script is ddpm:
             optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.99), weight_decay=0, fused=True)
         else:
