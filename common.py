@@ -408,7 +408,7 @@ def describe(words, rng, keep=0.85):
 def _files(root, split, size, channels, max_bytes, captions=False):
     """A folder or .zip of images; see find_images, decode_image and read_captions."""
     splits, ignored = find_images(root)
-    if captions:  # read_captions names those of no image
+    if captions:  # read_captions reports those without an image
         del ignored[".txt"], ignored[".jsonl"]
     if ignored and split == "train":
         print0(f"note    ignored in {root}: {', '.join(f'{n} {kind}' for kind, n in ignored.most_common(6))}")
@@ -543,11 +543,9 @@ def read_captions(splits, split):
                     found = [(image, data.decode("utf-8-sig")) for image in same]
                 found = [(image, text if isinstance(text, list) else [text]) for image, text in found]
                 found = [(image, [" ".join(t.split()).encode().decode() for t in ts]) for image, ts in found]
-            except Exception as e:  # nearly anything
-                text = f"{root}: cannot read captions from {printable(name)} ({first_line(e)})"
-                raise UserError(
-                    f'{text}; write UTF-8, as in {{"file_name": "1.jpg", "text": "a cat"}}'
-                ) from None
+            except Exception as e:  # damaged files raise nearly anything
+                text = f"{root}: cannot read captions from {printable(name)} ({first_line(e)}); write UTF-8,"
+                raise UserError(f'{text} as in {{"file_name": "1.jpg", "text": "a cat"}}') from None
             for image, texts in found:
                 empty += ["/".join(image[1:])] * texts.count("")
                 lost += ["/".join(image[1:])] * (image not in captions)
@@ -557,7 +555,7 @@ def read_captions(splits, split):
     names = [(root, *path_parts(name)) for _, (root, name) in splits[split]]
     kinds = {"images have no caption": ["/".join(image[1:]) for image in names if not captions[image]]}
     if split == "train":
-        kinds |= {"captions are empty": empty, "captions name no image": lost}
+        kinds |= {"captions are empty": empty, "captions have no image": lost}
     if kinds := [f"{len(v)} {kind} ({v[0]})" for kind, v in kinds.items() if v]:
         print0(f"note    {split}: {', '.join(kinds)}")
     return [captions[image] for image in names]

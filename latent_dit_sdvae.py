@@ -505,16 +505,12 @@ class Captions:
         self.rows = torch.tensor([number[text] for c in captions for text in c])
         self.count = torch.tensor([len(c) for c in captions])
         self.first = self.count.cumsum(0) - self.count
-
         if cfg.text_path:
-
-            def encode_part(indices):
-                return encode_text([texts[i] for i in indices], cfg, device)
-
             tokenizer, _ = load_text_encoder(cfg)
             key = derive_seed(tokenizer(texts).input_ids, cfg.text_hash, cfg.text_shape)
             folder = cache_folder(cfg) / f"{data.name[:40]}_captions_{key:016x}"
-            self.chunks = encode_chunks(folder, "captions", len(texts), encode_part, 64, rank, world)
+            args = "captions", len(texts), lambda part: encode_text([texts[i] for i in part], cfg, device)
+            self.chunks = encode_chunks(folder, *args, 64, rank, world)
         else:
             parts = [texts[i : i + CHUNK] for i in range(0, len(texts), CHUNK)]
             self.chunks = [encode_text(part, cfg).numpy() for part in parts]

@@ -35,10 +35,10 @@ def test_digits_are_deterministic_balanced_and_split():
     assert test.images.shape == (2_000, 1, 28, 28) and test.labels.bincount().tolist() == [200] * 10
     train = {x.numpy().tobytes() for x in a.images}
     assert len(train) == 20_000 and not any(x.numpy().tobytes() in train for x in test.images)
-    # images of a class look alike: the nearest class mean is right for most digits, however they lean
-    means = torch.stack([a.images[a.labels == c].float().mean(0).flatten() for c in range(10)])
-    nearest = torch.cdist(test.images.float().flatten(1), means).argmin(1)
-    assert (nearest == test.labels).float().mean() > 0.5
+    # images of a class look alike: the nearest training image is nearly always of the same class
+    x, y = (data.images.float().flatten(1) for data in (test, a))
+    nearest = a.labels[torch.cdist(x[:500], y).argmin(1)]
+    assert (nearest == test.labels[:500]).float().mean() > 0.95
     assert common.load_dataset("digits", split="test", channels=3).images.shape[1:] == (3, 32, 32)
     assert common.load_dataset("digits", split="test", image_size=16).images.shape[1:] == (1, 16, 16)
 
@@ -382,7 +382,7 @@ def test_readme_has_each_section_once_and_only_flags_that_exist():
     assert len(set(headings)) == len(headings) > 5 and len(set(pictures)) == len(pictures) > 0
     blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S))
     calls = re.findall(rf"(?<!cp )({'|'.join(SCRIPTS)})\.py([^#\n]*)", blocks)
-    assert len(calls) >= 12
+    assert len(calls) > 12
     for name, flags in calls:
         flags = re.sub(r"--(resume|config) \S+|^ logs/\S+", "", flags)  # paths of the reader's own runs
         common.parse(importlib.import_module(name).Config, "", shlex.split(flags))

@@ -469,7 +469,7 @@ def test_captions_by_both_conventions(tmp_path, capsys, kind):
     assert held_out.captions == [["held out"], ["held out, too"]]
     notes = capsys.readouterr().out.splitlines()
     missing = "2 images have no caption (train/a/001.png), 1 captions are empty (train/a/001.png)"
-    lost = "2 captions name no image (train/a/009.png)"
+    lost = "2 captions have no image (train/a/009.png)"
     assert notes == [f"note    train: {missing}, {lost}"]
     plain = common.load_dataset(str(path))
     assert plain.captions == [] and "ignored in" in capsys.readouterr().out
