@@ -21,6 +21,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 import typing
 import zipfile
 import zlib
@@ -62,6 +63,9 @@ def exit_on_user_error():
         message = f"{first_line(e)}; a step needs less memory with --grad-accum or --grad-checkpoint"
     except torch._dynamo.exc.TorchDynamoException as e:
         message = f"torch.compile failed ({first_line(e)}); use --compile off"
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
     except OSError as e:
         disk = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
         if e.filename is None and not disk:  # a programming error
@@ -208,6 +212,7 @@ def derive_seed(*key):
 
 def get_device(name):
     """The device of this name; under torchrun, each process gets its own GPU. Raises UserError."""
+    torch.set_float32_matmul_precision("high")  # TF32 where networks run in float32
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(n for n in available if available[n]) if name == "auto" else name
     require(available[name], f"--device {name}: PyTorch finds no such device; use --device cpu")
@@ -251,18 +256,27 @@ def _cpuinfo():
     return file.read_text() if file.exists() else ""
 
 
-def compile_blocks(model, name, cfg, worthwhile=True):
-    """Compiles, in place, the modules whose name matches the pattern, or the model if there are none.
+def prepare(model, cfg, worthwhile=True, dynamic=False):
+    """The one way to run a network, in place: in the precision of --dtype, and compiled if --compile says so.
 
-    One block's graph serves all blocks, which takes a fifth of the time of compiling the model. With
-    --compile auto only if `worthwhile`: compiling takes up to a minute, which a short run never recovers.
+    Autocast ends where forward() ends: weights, x, and what samplers and losses compute stay float32.
+    Compiled are the modules of lists named blocks, or the model if there are none: one block's graph serves
+    all, which takes a fifth of the time. With --compile auto only if `worthwhile`: compiling takes up to a
+    minute, which a short run never recovers. A graph is for one batch size, or for all if `dynamic`. Returns
+    (dtype, whether it is compiled).
     """
-    device = next(model.parameters()).device.type
-    if cfg.compile == "off" or (cfg.compile == "auto" and (device == "mps" or not worthwhile)):
-        return
-    print0("compile takes up to a minute (--compile off does without)")
-    for module in [m for n, m in model.named_modules() if re.fullmatch(name, n)] or [model]:
-        module.compile(dynamic=False)  # one graph for each shape, such as that of text
+    device = next(model.parameters()).device
+    auto = "bfloat16" if supports_bf16(device) else "float32"
+    dtype = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    model.forward = types.MethodType(autocast(type(model).forward), model)  # deepcopy() binds it to the copy
+    if cfg.compile == "off" or (cfg.compile == "auto" and (device.type == "mps" or not worthwhile)):
+        return dtype, False
+    if not dynamic:  # said once for training and evaluation
+        print0("compile takes up to a minute (--compile off does without)")
+    for module in [m for n, m in model.named_modules() if re.search(r"blocks\.\d+$", n)] or [model]:
+        module.compile(dynamic=dynamic)
+    return dtype, True
 
 
 def to_device(x, device):
@@ -925,7 +939,7 @@ class Run:
     def __init__(self, cfg, script, rank=0):
         self.cfg, self.script, self.rank, self.stopping, self.dir = cfg, Path(script), rank, False, None
         self.step = self.start_step = self.num_skipped = self.bad_steps_in_a_row = 0
-        self.seconds = 0.0
+        self.seconds, self.agreed = 0.0, (False, 0.0)
         self.pending, self.last, self.checkpoint = [], {}, None
         for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(s, self._stop)
@@ -939,6 +953,7 @@ class Run:
         old = self.checkpoint = newest_checkpoint(cfg.resume)
         self.step = self.start_step = old["step"]
         self.seconds, self.num_skipped = old["seconds"], old["skipped"]
+        self.agreed = False, self.seconds
         for f in (f for f in fields(cfg) if f.name not in ("resume", "config") and not f.metadata):
             was, now = old["config"].get(f.name, f.default), getattr(cfg, f.name)
             text = f"{_flag(f.name)} is {now}, but {was} in {cfg.resume}"
@@ -1043,13 +1058,15 @@ class Run:
             timer.seconds["train"] = self.checkpoint["seconds"]
             self.checkpoint = None  # frees its memory
 
-    def sync(self, seconds):
-        """(stopping, seconds of training), the same on all ranks."""
+    def sync(self, step, seconds):
+        """(stopping, seconds of training) on which all ranks agree, every --log-every steps."""
         if not dist.is_initialized():
             return self.stopping, seconds
-        agreed = torch.tensor([self.stopping, seconds], dtype=torch.float64)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX)
-        return bool(agreed[0]), agreed[1].item()
+        if step % self.cfg.log_every == 0:
+            agreed = torch.tensor([self.stopping, seconds], dtype=torch.float64)
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
+            self.agreed = bool(agreed[0]), agreed[1].item()
+        return self.agreed
 
     def log(self, step, **values):
         """Keeps a step's numbers, which the device may still be computing, until the next flush()."""
@@ -1108,7 +1125,8 @@ class Run:
         print0(f"step {step}  held-out loss {self.last['held-out loss']:.4f}")
 
     def save(self, model, ema, optimizer, seconds):
-        """Writes checkpoints/step_X.pt, completely or not at all, and removes all but the newest --keep."""
+        """Writes checkpoints/step_X.pt, completely or not at all, and removes all but the newest --keep and
+        those of --keep-every."""
         if self.rank:
             return
         state = {"model": model, "ema": ema.model, "optimizer": optimizer}
@@ -1117,7 +1135,8 @@ class Run:
         folder = self.dir / "checkpoints"
         write_atomically(folder / f"step_{self.step:08d}.pt", lambda f: torch.save(state, f))
         for old in sorted(folder.glob("step_*.pt"))[: -self.cfg.keep]:
-            old.unlink()
+            if not self.cfg.keep_every or int(old.stem[5:]) % self.cfg.keep_every:
+                old.unlink()
 
     def finish(self, timer, progress):
         """Prints where the time went, and results. A run stopped by a signal exits with EXIT_PREEMPTED."""
@@ -1154,18 +1173,19 @@ def save_images(path, images, trajectory=(), columns=10, captions=()):
 
     captions: texts to print below the images.
     """
-    from torchvision.utils import make_grid
-
     check_finite(images)
     zoom = max(1, 64 // images.shape[-1])
     strips = draw_captions(captions, zoom * images.shape[-1])
 
-    def grid(x):
-        x = x.float().cpu().clamp(-1, 1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-        if len(captions):
-            x = torch.cat([x.expand(-1, 3, -1, -1), strips[: len(x)]], 2)
-        x = make_grid(x, columns, padding=2 * zoom, pad_value=1)
-        return Image.fromarray((x * 127.5 + 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    def grid(x):  # not torchvision's, which takes longer to import than all of this to run
+        x = (x.float().cpu().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
+        x = x.permute(0, 2, 3, 1).numpy().repeat(zoom, 1).repeat(zoom, 2)
+        x = np.concatenate([x, strips[: len(x)]], 1) if len(captions) else x
+        (_, h, w, _), n, rows = x.shape, min(columns, len(x)), math.ceil(len(x) / columns)
+        cells = np.full((rows * n, h + 2 * zoom, w + 2 * zoom, 3), 255, np.uint8)  # white lines between them
+        cells[: len(x), 2 * zoom :, 2 * zoom :] = x
+        cells = np.concatenate(np.concatenate(cells.reshape(rows, n, *cells.shape[1:]), 1), 1)
+        return Image.fromarray(np.pad(cells, ((0, 2 * zoom), (0, 2 * zoom), (0, 0)), constant_values=255))
 
     grid(images).save(f"{path}.png")
     if len(trajectory):
@@ -1176,11 +1196,11 @@ def save_images(path, images, trajectory=(), columns=10, captions=()):
 
 
 def draw_captions(captions, width):
-    """Black on white, wrapped to a width in pixels, at most 8 lines -> [N, 3, height, width] in [-1, 1]."""
+    """Black on white, wrapped to a width in pixels, at most 8 lines -> uint8 [N, height, width, 3]."""
     lines = [textwrap.wrap(c, width // 6, max_lines=8, placeholder="...") for c in captions]
     strips = np.full((len(lines), 13 * max(map(len, lines), default=0) + 2, width, 3), 255, np.uint8)
     for strip, text in zip(strips, lines, strict=True):
         image = Image.fromarray(strip)
         ImageDraw.Draw(image).text((1, 0), "\n".join(text), "black", ImageFont.load_default(10), spacing=2)
         strip[:] = np.asarray(image)
-    return torch.from_numpy(strips).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return strips

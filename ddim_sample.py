@@ -10,6 +10,8 @@ executed, so only sample runs that you trust.
     python ddim_sample.py RUN --solver own --set sampling_steps=20  the script's own sample()
     python ddim_sample.py RUN --prompt "a thin white 3"             images of a caption (runs with --text on)
     python ddim_sample.py RUN --num-samples 50000 --bs 500 --npz    for FID tools; continues if interrupted
+    torchrun --nproc-per-node=8 ddim_sample.py RUN ...    the same samples, by 8 processes
+    python ddim_sample.py RUN --guide 5000 --guidance 2             guided by the run's own checkpoint
     python ddim_sample.py RUN --interpolate 10                      rows between the noise of two samples
     python ddim_sample.py RUN --invert                              held-out images to noise and back
     python ddim_sample.py RUN --compare                             every solver from the same noise
@@ -19,16 +21,20 @@ import importlib.util
 import json
 import math
 import os
+import shutil
+import signal
 import sys
 import time
 import typing
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import yaml
 from PIL import Image
 from tqdm import tqdm
@@ -49,9 +55,10 @@ class Config:
     spacing: Literal["auto", "trailing", "karras", "logsnr"] = "auto"  # time grid; auto: eps has logsnr
     guidance: float = -1.0  # guidance scale w of uncond + w (cond - uncond); 1 = off, -1 = the run's own
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # times between which guidance acts, such as 0.1 0.8
+    guide: int = 0  # step of an earlier checkpoint that guides instead of the null class; 0 = none
     clip_x0: Literal["auto", "on", "off", "dynamic"] = "auto"  # clip estimates of x0; auto = as the run does
     set: tuple[str, ...] = ()  # KEY=VALUE of the run's flags about guidance and sampling
-    weights: Literal["ema", "model"] = "ema"  # EMA weights, or those of the last step
+    weights: str = "ema"  # ema = EMA weights, model = those of the last step, or a file of --export
     step: int = 0  # step of the checkpoint; 0 = the newest
     # what
     num_samples: int = 100  # number of samples
@@ -59,7 +66,7 @@ class Config:
     prompt: tuple[str, ...] = ()  # captions of the samples, used in turn; default ten training captions
     prompts: str = ""  # file of prompts, one per line
     seed: int = 0  # random seed; sample i depends on (seed, i) only
-    bs: int = 100  # batch size
+    bs: int = 100  # largest batch size of a process
     interpolate: int = 0  # images per row, from the noise of one sample to that of another
     invert: bool = False  # invert held-out images of the run's dataset to noise, and back
     compare: bool = False  # compare all solvers at 5, 10, 20, 50, 100 steps from the same noise
@@ -67,12 +74,19 @@ class Config:
     data_root: str = ""  # folder of mnist and cifar10 for --invert; default the run's
     # output
     npz: bool = False  # also NAME.npz: uint8 arr_0 [N, H, W, C], labels arr_1, and the settings
+    rgb: bool = False  # three channels in the .npz, also of gray images
     png: bool = False  # also NAME/000000.png, ...
-    frames: int = 30  # maximum number of frames of the GIFs; 0 = no GIF
+    frames: int = 20  # maximum number of frames of the GIF; 0 = no GIF
     out: str = ""  # output folder; default RUN/samples
+    export: str = ""  # only write the weights, with the run's Config, to this .safetensors
+    # machine
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = the fastest available
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = as the run was trained
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = for 500 batches or more
 
 
+SETTINGS = "eta spacing guidance_interval guide clip_x0 set weights num_samples classes".split()  # in names
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 STEPS = {"ddim": 50, "heun": 18, "dpmpp2m": 15, "own": 0}
 
 
@@ -95,26 +109,29 @@ def resolve(flags, config):
     clip, predicts_eps = getattr(config, "clip_x0", False), getattr(config, "objective", "") == "eps"
     guidance, (low, high) = flags.guidance, flags.guidance_interval
     if guidance == -1:  # inversion is unstable under guidance (Mokady et al. 2022)
-        guidance = 1.0 if flags.invert or class_dropout == 1 else getattr(config, "guidance", 1.0)
-    modes = [f"--{m}" for m in ("interpolate", "invert", "compare") if getattr(flags, m)]
+        alone = flags.invert or (class_dropout == 1 and not flags.guide)
+        guidance = 1.0 if alone else getattr(config, "guidance", 1.0)
+    modes = [f"--{m}" for m in ("interpolate", "invert", "compare", "export") if getattr(flags, m)]
     mode, files, ddim = " and ".join(modes), flags.npz or flags.png, flags.solver == "ddim"
     own = [k for k in ("steps", "eta", "spacing", "clip_x0") if getattr(flags, k) != getattr(Config, k)]
     own = ", ".join(f"--{k.replace('_', '-')}" for k in own)
-    common.require_range(flags, "step frames interpolate", 0)
+    guided = flags.guide or 0 < class_dropout < 1  # by an earlier checkpoint, or by the null class
+    common.require_range(flags, "step guide frames interpolate", 0)
     common.require_range(flags, "num_samples bs", 1)
     common.require_range(flags, "eta", 0, 1)
     common.require_range(flags, "steps", 0, timesteps or math.inf)
     for good, message in [
         (0 <= low <= high <= 1, "--guidance-interval must be two times in [0, 1], such as 0.1 0.8"),
         (guidance >= 0, "--guidance is negative; it must be at least 0"),
-        (class_dropout > 0 or guidance == 1, "--guidance needs a run with --class-dropout; use --guidance 1"),
-        (class_dropout < 1 or guidance == 1, "--guidance: the run is unconditional; leave it out"),
+        (guided or guidance == 1, "--guidance needs a run with --class-dropout in (0, 1), or --guide; use 1"),
+        (not flags.guide or guidance != 1, "--guide has no effect at guidance 1; set --guidance 2"),
+        (not flags.guide or flags.solver != "own", "--solver own has no --guide; use another solver"),
         (class_dropout < 1 or not flags.classes, "--classes: the run is unconditional; leave it out"),
         (class_dropout < 1 or not typed, "--prompt: the run is unconditional; leave it out"),
         (captions or not typed, "--prompt: the run was trained on classes; use --classes"),
         (not captions or not flags.classes, "--classes: the run was trained on captions; use --prompt"),
         (len(modes) < 2, f"{mode} exclude each other; use one of them"),
-        (not modes or not files, f"{mode} only draws pictures; leave out --npz and --png"),
+        (not modes or not files, f"{mode} writes no samples; leave out --npz and --png"),
         (not modes or not flags.eta, f"{mode} needs samplers without noise; leave out --eta"),
         (not flags.eta or ddim, f"--eta: {flags.solver} adds no noise; use --solver ddim"),
         (not flags.invert or ddim, "--invert uses DDIM; leave out --solver"),
@@ -123,6 +140,7 @@ def resolve(flags, config):
         (flags.solver != "own" or not own, f"--solver own has no {own}; use --set"),
         (flags.interpolate != 1, "--interpolate is 1; it must be at least 2 images per row"),
         (flags.num_samples <= 1000 or files, "--num-samples: too many for a picture; add --npz or --png"),
+        (not modes or WORLD == 1, f"{mode} runs in one process; use torchrun --nproc-per-node=1"),
     ]:
         require(good, message)
     spacing = flags.spacing
@@ -130,7 +148,8 @@ def resolve(flags, config):
         spacing = "logsnr" if predicts_eps else "trailing"
     clip = flags.clip_x0 if flags.clip_x0 != "auto" else "on" if clip and not flags.invert else "off"
     steps = flags.steps or min(STEPS[flags.solver], timesteps or math.inf)
-    flags = replace(flags, steps=steps, spacing=spacing, guidance=float(guidance), clip_x0=clip)
+    dtype = flags.dtype if flags.dtype != "auto" else getattr(config, "dtype", "auto")
+    flags = replace(flags, steps=steps, spacing=spacing, guidance=float(guidance), clip_x0=clip, dtype=dtype)
     flags = replace(flags, prompt=typed or captions * (class_dropout < 1))
     for name in {"guidance", "guidance_interval"} & {f.name for f in fields(config)}:  # for --solver own
         config = replace(config, **{name: getattr(flags, name)})
@@ -141,7 +160,7 @@ def parse_settings(items, RunConfig):
     """["solver=rk4", ...] -> {"solver": "rk4", ...}, with the types of the run's Config. Raises UserError."""
     headings, values = common.comments(RunConfig), {}
     allowed = [k for k, (heading, _) in headings.items() if heading == "guidance and sampling"]
-    allowed = [k for k in allowed if k not in ("guidance", "guidance_interval", "num_samples")]  # our flags
+    allowed = [k for k in allowed if k not in ("guidance", "guidance_interval", "num_samples")]  # flags here
     for item in items:
         key, _, text = item.partition("=")
         there = ", ".join(f"{k}=VALUE" for k in allowed) or "none"
@@ -247,6 +266,7 @@ def time_grid(path, steps, spacing, timesteps=None):
 # The run: its code, Config and weights
 
 CONTRACT = "Config build_model path predict null conditions sample_shape decode".split()
+VERSION = "1"  # of these names and what they mean
 
 
 class Run(typing.NamedTuple):
@@ -255,7 +275,7 @@ class Run(typing.NamedTuple):
     folder: Path
     script: typing.Any  # the module in RUN/code
     config: typing.Any  # the script's Config
-    model: torch.nn.Module
+    models: list  # the network, and that of --guide
     step: int
     timesteps: int | None  # T, or None in continuous time
     conditional: bool  # whether it was trained with conditions
@@ -286,26 +306,63 @@ def load_script(run):
 
 def load_run(path, flags):
     """RUN or a checkpoint, flags -> (Run, flags resolved). Raises UserError."""
-    folder = common.find_run(path)
-    if flags.step:
-        path = folder / "checkpoints" / f"step_{flags.step:08d}.pt"
+    folder, device = common.find_run(path), common.get_device(flags.device)
+
+    def checkpoint(step, flag):
+        path = folder / "checkpoints" / f"step_{step:08d}.pt"
         there = ", ".join(str(int(f.stem[5:])) for f in sorted(path.parent.glob("step_*.pt"))) or "none"
-        require(path.exists(), f"the run has no checkpoint of --step {flags.step}; there are {there}")
-    device, state = common.get_device(flags.device), common.newest_checkpoint(path)
+        require(path.exists(), f"the run has no checkpoint of {flag} {step}; there are {there}")
+        return path
+
+    exported = flags.weights not in ("ema", "model")
+    if exported:
+        states = [import_weights(flags.weights)]
+    else:
+        states = [common.newest_checkpoint(checkpoint(flags.step, "--step") if flags.step else path)]
+    if flags.guide:
+        states.append(common.load_checkpoint(checkpoint(flags.guide, "--guide")))
     script = load_script(folder)
     try:
-        config = yaml.safe_load((folder / "run.yaml").read_text())["config"]
-        config = script.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
-        model = script.build_model(config)
-        model.load_state_dict(state[flags.weights])
+        about = states[0] if exported else yaml.safe_load((folder / "run.yaml").read_text())
+        config = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
+        config, models = script.Config(**config), []
+        for state in states:
+            model = script.build_model(config)
+            model.load_state_dict(state["ema" if exported else flags.weights])
+            models.append(model.eval().requires_grad_(False).to(device))
     except (ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError, RuntimeError) as e:
         text = f"code, run.yaml and checkpoint of {folder} do not match ({common.first_line(e)})"
         raise UserError(f"{text}; restore them") from None
     flags, config, timesteps, conditional = resolve(flags, config)
     if flags.set and hasattr(script, "check"):
         script.check(config)
-    model = model.eval().requires_grad_(False).to(device)
-    return Run(folder, script, config, model, state["step"], timesteps, conditional, device), flags
+    return Run(folder, script, config, models, states[0]["step"], timesteps, conditional, device), flags
+
+
+def export(run, flags, y, path):
+    """The weights, with step, contract and Config (which has the class names) in the file's metadata."""
+    from safetensors.torch import save
+
+    local = ("resume", "config", "data_root", "out")  # paths on this machine
+    config = {k: v for k, v in asdict(run.config).items() if k not in local}
+    about = {"contract": VERSION, "step": str(run.step), "config": json.dumps(config)}
+    data = save({k: v.cpu().contiguous() for k, v in run.models[0].state_dict().items()}, about)
+    common.write_atomically(Path(flags.export), lambda f: f.write(data))
+    common.print0(f"wrote {flags.export}")
+
+
+def import_weights(path):
+    """A file of export() -> a dict as of a checkpoint. Raises UserError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            about, weights = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
+        require(about["contract"] == VERSION, f"contract {about['contract']} instead of {VERSION}")
+        return {"ema": weights, "step": int(about["step"]), "config": json.loads(about["config"])}
+    except (UserError, OSError, SafetensorError, LookupError, TypeError, ValueError) as e:
+        text = f"--weights {path} is not a file of this version's --export ({common.first_line(e)})"
+        raise UserError(f"{text}; use ema, model or such a file") from None
 
 
 def predictor(run, flags, y):
@@ -314,7 +371,11 @@ def predictor(run, flags, y):
 
     def f(x, t, s):
         t, s, w = *(x.new_full((len(x),), u) for u in (t, s)), flags.guidance if low <= t <= high else 1.0
-        x0, eps = run.script.predict(run.model, x, t, y, run.config, w, s)
+        model, *guides = run.models
+        x0, eps = run.script.predict(model, x, t, y, run.config, 1.0 if guides else w, s)
+        for guide in guides * (w != 1):  # autoguidance (Karras et al. 2024, arXiv:2406.02507, eq. 3)
+            x0_bad, eps_bad = run.script.predict(guide, x, t, y, run.config, 1.0, s)
+            x0, eps = x0_bad + w * (x0 - x0_bad), eps_bad + w * (eps - eps_bad)
         if flags.clip_x0 == "off":
             return x0, eps
         common.check_finite(x0)  # clipping would hide it
@@ -345,27 +406,28 @@ def noise_of(run, flags, indices):
 
 @torch.no_grad()
 def solve(run, flags, eps, y, noise=None, frames=0):
-    """Standard normal eps [B, C, H, W], y [B] -> (x, {"x0": about `frames` tensors, "xt": ...})."""
+    """Standard normal eps [B, C, H, W], y [B] -> (x, about `frames` estimates of x0, each of 50 samples)."""
     if flags.solver == "own":
-        x, x0 = run.script.sample(run.model, eps, y.to(run.device), run.config, noise)
-        return x, {"x0": [v.cpu() for v in x0]} if frames else {}
-    f, grid = predictor(run, flags, y), grid_of(run, flags)
+        x, x0s = run.script.sample(run.models[0], eps, y.to(run.device), run.config, noise)
+        return x, [x0[:50].cpu() for x0 in x0s] if frames else []
+    f, grid, x0s = predictor(run, flags, y), grid_of(run, flags), []
     x = eps * math.hypot(*grid[0][1:])  # the path's own noise
-    trajectory = {"x0": [], "xt": [x.cpu()]}
     solvers = {"ddim": lambda *a: ddim(*a, flags.eta, noise), "heun": heun, "dpmpp2m": dpmpp2m}
-    for i, (x_s, x0) in enumerate(solvers[flags.solver](f, x, grid)):
+    for i, (x_s, x0) in enumerate(solvers[flags.solver](f, x, grid)):  # noqa: B007
         if i * frames // flags.steps != (i + 1) * frames // flags.steps:
-            trajectory["x0"].append(x0.cpu())
-            trajectory["xt"].append(x_s.cpu())
-    return x_s, trajectory if frames else {}
+            x0s.append(x0[:50].cpu())
+    return x_s, x0s
 
 
 def count_passes(run, flags, y):
-    """(network passes per sample, those on a doubled batch for guidance), counted on one sample."""
+    """(network passes per sample, those on a doubled batch for guidance), counted on networks that give 0."""
     sizes = []
-    hook = run.model.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
-    solve(run, flags, *noise_of(run, flags, [0])[:1], y[:1], noise_of(run, flags, [0])[1])
-    hook.remove()
+    for model in run.models:
+        model.forward = lambda x, *_: sizes.append(len(x)) or torch.zeros_like(x)
+    eps, noise = noise_of(run, flags, [0])
+    solve(run, flags, eps, y[:1], noise)
+    for model in run.models:
+        del model.forward
     return len(sizes), sum(n > 1 for n in sizes)
 
 
@@ -375,14 +437,10 @@ def to_images(run, x):
     return torch.cat([run.script.decode(z.to(run.device), run.config).float().cpu() for z in x.split(50)])
 
 
-def draw_grid(run, path, x, captions=(), columns=10, **trajectories):
-    """PATH.png, and PATH_NAME.gif of each trajectory."""
-    images = to_images(run, x)
-    common.save_images(path, images, columns=columns, captions=captions)
-    for name, frames in trajectories.items():
-        common.save_images(f"{path}_{name}", images, [to_images(run, v) for v in frames], columns, captions)
-        Path(f"{path}_{name}.png").unlink()
-    common.print0(f"wrote {path}.png" + "".join(f", _{name}.gif" for name in trajectories))
+def draw_grid(run, path, x, frames=(), columns=10):
+    """PATH.png, and PATH.gif of frames like x."""
+    common.save_images(path, to_images(run, x), [to_images(run, v) for v in frames], columns)
+    common.print0(f"wrote {path}.png" + f" and {path.name}.gif" * bool(frames))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -390,73 +448,84 @@ def draw_grid(run, path, x, captions=(), columns=10, **trajectories):
 
 
 def sample(run, flags, y, path):
-    """Samples, written as they are made to PATH.part: a line of settings, then their bytes. An interrupted
-    job continues after the last complete sample in it."""
-    C, H, W = to_images(run, noise_of(run, flags, [0])[0]).shape[1:]
+    """Samples in batches, each a file of the folder PATH.part until all are there. Process r of N draws every
+    N-th of those that are missing; an interrupted job continues, with any number of processes."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(common.EXIT_PREEMPTED))
     nfe, guided = count_passes(run, flags, y)
     guided = f", {guided} of them doubled by guidance" * (guided > 0)
     common.print0(f"NFE {nfe} network passes per sample{guided}")
-    keys = (
-        "solver steps spacing eta guidance guidance_interval clip_x0 set weights num_samples classes prompt"
-    )
-    settings = {"run": run.folder.resolve().name, "step": run.step, "nfe": nfe, "shape": [H, W, C]}
-    settings |= {k: getattr(flags, k) for k in keys.split()} | {"seed": flags.seed}
-    settings |= {"rounding": "round(127.5 x + 127.5)"}
-    settings = json.dumps(settings)
-    header, size, part = f"{settings}\n".encode(), H * W * C, Path(f"{path}.part")
-    prompts = [flags.prompt[i % len(flags.prompt)] for i in range(flags.num_samples) if flags.prompt]
-    shown = min(flags.num_samples, 100) if flags.npz or flags.png else flags.num_samples  # in the pictures
+    num, num_batches = flags.num_samples, math.ceil(flags.num_samples / flags.bs)
+    bs = math.ceil(num / num_batches)  # about equal batches: 101 samples are not 100 and 1
+    starts, part, prompts = range(0, num, bs), Path(f"{path}.part"), list(flags.prompt)
+    prompts = [prompts[i % len(prompts)] for i in range(num) if prompts]
+    shown = min(num, 100) if flags.npz or flags.png else num  # in the picture
+    for model in run.models:
+        dtype, compiled = common.prepare(model, flags, nfe * len(starts) >= 500)
+    settings = {"run": run.folder.resolve().name, "step": run.step, "nfe": nfe, "bs": bs}
+    keys = ["solver", "steps", "guidance", "prompt", "seed", *SETTINGS]
+    settings |= {k: getattr(flags, k) for k in keys} | {"dtype": str(dtype)[6:]}
+    settings = json.dumps(settings | {"compiled": compiled, "rounding": "round(127.5 x + 127.5)"})
 
-    with open(part, "a+b") as file:
-        require(common.lock(file), f"{part} is in use by another process; wait for it, or set --out")
-        file.seek(0)
-        first = file.readline()
-        other = first.endswith(b"\n") and first != header
-        require(not other, f"{part} was started with other settings; delete it, or set another --out")
-        done = (part.stat().st_size - len(header)) // size
-        if done < shown:  # the pictures show the first samples
-            done = 0
-            file.truncate(0)
-            file.write(header)
-        file.truncate(len(header) + done * size)
-        if done:
-            common.print0(f"continuing after {done} samples")
-        bar = tqdm(total=flags.num_samples, initial=done, unit=" images", disable=not sys.stderr.isatty())
-        pictured = []
-        for i in range(done, flags.num_samples, flags.bs):
-            indices = range(i, min(i + flags.bs, flags.num_samples))
+    part.mkdir(exist_ok=True)
+    with open(part / "lock", "a") as file:
+        todo, about = [[]], part / "settings.json"
+        if RANK == 0:
+            require(common.lock(file), f"{part} is in use by another process; wait for it, or set --out")
+            same = not about.exists() or about.read_text() == settings
+            require(same, f"{part} was started with other settings; delete it, or set another --out")
+            common.write_atomically(about, lambda f: f.write(settings.encode()))
+            todo = [[i for i in starts if not (part / f"{i:08d}.npy").exists()]]
+        if WORLD > 1:
+            dist.init_process_group("gloo", timeout=timedelta(days=2))  # the first waits for the slowest
+            dist.broadcast_object_list(todo)
+        if len(todo[0]) < len(starts):
+            common.print0(f"continuing after {len(starts) - len(todo[0])} of {len(starts)} batches")
+        for i in tqdm(todo[0][RANK::WORLD], unit="batch", disable=RANK > 0 or not sys.stderr.isatty()):
+            indices = range(i, i + bs)  # the last batch is full, too: a smaller one would be compiled anew
             (eps, noise), labels = noise_of(run, flags, indices), y[indices_in(y, indices)]
-            x, trajectory = solve(run, flags, eps, labels, noise, flags.frames * (i < shown))
-            images = to_images(run, x)
+            x, x0s = solve(run, flags, eps, labels, noise, flags.frames * (i == 0))
+            images = to_images(run, x)[: num - i]
             text = f"samples from {i} on are not finite; try --clip-x0 on, or more --steps"
             require(images.isfinite().all(), text)
-            if i < shown:
-                pictured.append((x.cpu(), trajectory))
-            if i < shown <= indices.stop:
-                x = torch.cat([x for x, _ in pictured])[:shown]
-                frames = {k: zip(*(t[k] for _, t in pictured), strict=True) for k in trajectory}
-                frames = {k: [torch.cat(v)[:shown] for v in f] for k, f in frames.items()}
-                draw_grid(run, path, x, prompts[:shown], **frames)
+            if i == 0:
+                x0s = [to_images(run, x0[:num]) for x0 in x0s]
+                common.save_images(path, images[:shown], x0s, captions=prompts[:bs][:shown])
+                common.print0(f"wrote {path}.png" + f" and {path.name}.gif" * bool(x0s))
             pixels = (images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
-            file.write(pixels.permute(0, 2, 3, 1).numpy().tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-            bar.update(len(indices))
-        bar.close()
-        pixels = np.memmap(part, np.uint8, "r", len(header), (flags.num_samples, H, W, C))
-        if flags.npz:
-            classes = run.conditional and not prompts
-            labels = y[indices_in(y, range(len(pixels)))].numpy() if classes else np.full(len(pixels), -1)
-            arrays = {"arr_0": pixels, "arr_1": labels, "protocol": settings}
-            arrays |= {"prompts": prompts} if prompts else {}
-            common.write_atomically(Path(f"{path}.npz"), lambda f: np.savez(f, **arrays))
-            common.print0(f"wrote {path}.npz")
-        if flags.png:
-            path.mkdir(exist_ok=True)
-            for i, image in enumerate(tqdm(pixels, unit=" files", disable=not sys.stderr.isatty())):
-                Image.fromarray(image.squeeze(-1) if C == 1 else image).save(path / f"{i:06}.png")
-            common.print0(f"wrote {path}/000000.png to {len(pixels) - 1:06}.png")
-        part.unlink()
+            pixels = pixels.permute(0, 2, 3, 1).numpy()
+            common.write_atomically(part / f"{i:08d}.npy", lambda f, pixels=pixels: np.save(f, pixels))
+        if WORLD > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+        if RANK == 0:
+            pack(run, flags, y, path, [part / f"{i:08d}.npy" for i in starts], shown, prompts, settings)
+            shutil.rmtree(part)
+
+
+def pack(run, flags, y, path, files, shown, prompts, settings):
+    """Batches of samples, .npy uint8 [B, H, W, C] -> PATH.png of the first, PATH.npz, PATH/000000.png, ..."""
+    num, (B, H, W, C) = flags.num_samples, np.load(files[0]).shape
+    pixels = files[0].with_name("all.npy")  # on the disk: there may be more than fit into memory
+    pixels = np.lib.format.open_memmap(pixels, "w+", np.uint8, (num, H, W, C))
+    for i, file in enumerate(files):
+        pixels[i * B : (i + 1) * B] = np.load(file)
+    if shown > B:
+        images = torch.from_numpy(pixels[:shown]).permute(0, 3, 1, 2) / 127.5 - 1
+        common.save_images(path, images, captions=prompts[:shown])
+    if flags.npz:
+        classes = run.conditional and not prompts
+        labels = y[indices_in(y, range(num))].numpy() if classes else np.full(num, -1)
+        samples = np.broadcast_to(pixels, (num, H, W, 3)) if flags.rgb else pixels
+        arrays = {"arr_0": samples, "arr_1": labels, "protocol": settings}
+        arrays |= {"prompts": prompts} if prompts else {}
+        common.write_atomically(Path(f"{path}.npz"), lambda f: np.savez(f, **arrays))
+        common.print0(f"wrote {path}.npz")
+    if flags.png:
+        path.mkdir(exist_ok=True)
+        for i, image in enumerate(tqdm(pixels, unit=" files", disable=not sys.stderr.isatty())):
+            Image.fromarray(image.squeeze(-1) if C == 1 else image).save(path / f"{i:06}.png")
+        common.print0(f"wrote {path}/000000.png to {num - 1:06}.png")
 
 
 def indices_in(y, indices):
@@ -473,7 +542,7 @@ def interpolate(run, flags, y, path):
     parts = zip(eps.split(flags.bs), y.split(flags.bs), strict=True)
     x = torch.cat([solve(run, flags, e, c)[0].cpu() for e, c in parts])
     frames = list(x.unflatten(0, (rows, n)).unbind(1))
-    draw_grid(run, path, x, columns=n, **({"x0": frames + frames[::-1]} if flags.frames else {}))
+    draw_grid(run, path, x, (frames + frames[::-1]) * bool(flags.frames), n)
 
 
 @torch.no_grad()
@@ -501,14 +570,16 @@ def invert_images(run, flags, y, path):
     common.print0(f"{len(y)} images, {flags.steps} steps to noise and back, guidance {flags.guidance:g}")
     common.print0(f"RMS error {mse.sqrt():.4f} on [-1, 1] (PSNR {10 * (4 / mse).log10():.1f} dB)")
     common.print0(f"the noise has mean {noise.mean():.3f} and standard deviation {noise.std():.3f}")
-    draw_grid(run, f"{path}_invert", torch.cat([part.flatten(0, 1) for part in out.split(10, dim=1)]))
+    path = path.with_name(f"{path.name}_invert")
+    draw_grid(run, path, torch.cat([part.flatten(0, 1) for part in out.split(10, dim=1)]))
 
 
 def compare(run, flags, y, path):
     """A table of every solver with few and many steps from the same noise, and a picture with its rows."""
     T, indices, table, passes = run.timesteps or 1000, range(min(flags.num_samples, 10)), [], []
     y, steps = y[indices_in(y, indices)], sorted({min(k, T) for k in (5, 10, 20, 50, 100)})
-    run.model.register_forward_hook(lambda *_: passes.append(1))
+    for model in run.models:
+        model.register_forward_hook(lambda *_: passes.append(1))
     rows = [(solver, k, 0.0) for solver in ("ddim", "dpmpp2m", "heun") for k in steps]
     for solver, k, eta in tqdm([*rows, ("ddim", T, 1.0)], disable=not sys.stderr.isatty()):
         f, start = replace(flags, solver=solver, steps=k, eta=eta), time.perf_counter()
@@ -536,7 +607,7 @@ def output_path(run, flags, given):
     name = f"{run.folder.resolve().name}_" * bool(given.out) + f"step_{run.step:08d}"
     name += f"_{flags.solver}{flags.steps or ''}" * (not given.compare)
     name += f"_w{flags.guidance:g}_seed{flags.seed}"
-    for key in "eta spacing guidance_interval clip_x0 set weights num_samples classes interpolate".split():
+    for key in (*SETTINGS, "interpolate", "dtype", "compile"):
         if (value := getattr(given, key)) != getattr(Config(), key):
             value = "-".join(map(str, value)) if isinstance(value, tuple) else value
             name += f"_{key.replace('_', '')}{value}".replace(",", "-").replace("/", "-")
@@ -549,17 +620,19 @@ def output_path(run, flags, given):
 
 def main(argv):
     path = argv[0] if argv and not argv[0].startswith("-") else ""
-    given = common.parse(Config, __doc__, argv[1:] if path else argv)
-    require(path, "the run's folder is missing: ddim_sample.py RUN [FLAGS]")
+    given = common.parse(Config, __doc__, argv[1:]) if path or {"-h", "--help"} & {*argv} else None
+    require(given, "the run's folder comes first: ddim_sample.py RUN [FLAGS]")
     run, flags = load_run(path, given)
     typed = flags.prompt if given.prompt or given.prompts else flags.classes
     y = run.script.conditions(list(typed), run.config)
-    modes = {"interpolate": interpolate, "invert": invert_images, "compare": compare}
+    modes = {"interpolate": interpolate, "invert": invert_images, "compare": compare, "export": export}
     mode = next((modes[m] for m in modes if getattr(flags, m)), sample)
     path = output_path(run, flags, given)
-    if flags.prompt:
+    if flags.prompt and RANK == 0:
         text = "".join(f"{' '.join(prompt.split())}\n" for prompt in flags.prompt)
         common.write_atomically(Path(f"{path}.txt"), lambda f: f.write(text.encode()))
+    for model in run.models if mode is not sample else []:
+        common.prepare(model, flags, False)
     mode(run, flags, y, path)
 
 

@@ -95,7 +95,8 @@ class Config:
     seed: int = 0  # random seed
     resume: str = ""  # RUN or RUN/checkpoints/step_X.pt to continue
     config: str = ""  # run.yaml whose flags become the defaults
-    keep: int = resumable(2)  # checkpoints to keep
+    keep: int = resumable(2)  # newest checkpoints to keep
+    keep_every: int = resumable(0)  # steps between checkpoints to keep forever (for --guide); 0 = none
     # intervals in steps; 0 = never
     log_every: int = resumable(20)  # steps between lines of loss and speed (at least 1)
     eval_every: int = resumable(1000)  # steps between evaluations of the held-out loss
@@ -122,7 +123,8 @@ def check(cfg):
     """Raises UserError for values that cannot work."""
     names = "vae_steps text_tokens sampling_steps num_samples steps bs grad_accum keep log_every"
     common.require_range(cfg, names, 1)
-    common.require_range(cfg, "minutes warmup weight_decay grad_clip eval_every sample_every save_every", 0)
+    common.require_range(cfg, "minutes warmup weight_decay grad_clip", 0)
+    common.require_range(cfg, "eval_every sample_every save_every keep_every", 0)
     common.require_range(cfg, "ema_decay class_dropout", 0, 1)
     common.require_range(cfg, "lr muon_lr shift", 0, exclude_low=True)
     parts = cfg.grad_accum * int(os.environ.get("WORLD_SIZE", 1))
@@ -370,33 +372,37 @@ def is_valid(file):
 class Latents:
     """`x0, y = latents(step, noise)`: like common.Batches; noise [bs, c, h, w] draws from the posterior.
 
-    The latents stay on the disk, or on a GPU if they take less than a quarter of its memory. With captions,
-    y is one of each image's, drawn in every step.
+    The latents stay on the disk and are read a step ahead, or on a GPU if they take less than a quarter of
+    its memory. With captions, y is one of each image's, drawn in every step.
     """
 
     def __init__(self, chunks, data, cfg, device, rank=0, world=1, captions=None):
         self.order = common.Batches(data, cfg.bs, cfg.seed, "cpu", rank, world)
         self.chunks, self.device, self.rank_slice = chunks, device, self.order.rank_slice
-        self.captions, self.bs, self.seed = captions, cfg.bs, cfg.seed
+        self.captions, self.bs, self.seed, self.queue = captions, cfg.bs, cfg.seed, {}
         self.on_gpu, num_bytes = None, sum(c.nbytes for c in chunks)
         if device.type == "cuda" and num_bytes < torch.cuda.mem_get_info(device)[0] / 4:
             self.on_gpu = torch.cat([torch.from_numpy(np.array(c)).to(device) for c in chunks])
 
-    def __call__(self, step, noise):
+    def read(self, step):
+        """This rank's part of a step, on the CPU: (indices, views, y), or (latents, y) from the disk."""
         indices, hflip = (v[self.rank_slice] for v in (self.order.indices(step), self.order.hflip(step)))
-        views = hflip.long() % self.chunks[0].shape[1]
-        if self.on_gpu is not None:
-            latents = self.on_gpu[tuple(common.to_device(i, self.device) for i in (indices, views))]
-        else:
-            rows = zip(indices.tolist(), views.tolist(), strict=True)
-            latents = torch.from_numpy(np.stack([self.chunks[i // CHUNK][i % CHUNK, v] for i, v in rows]))
+        views, y = hflip.long() % self.chunks[0].shape[1], self.order.labels[indices]
         if self.captions:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "caption", step))
             y = self.captions(indices, torch.rand(self.bs, generator=generator)[self.rank_slice])
-        else:
-            y = self.order.labels[indices]
-        latents = draw(common.to_device(latents, self.device), noise[self.rank_slice])
-        return latents, common.to_device(y, self.device)
+        if self.on_gpu is not None:
+            return indices, views, y
+        rows = zip(indices.tolist(), views.tolist(), strict=True)
+        return torch.from_numpy(np.stack([self.chunks[i // CHUNK][i % CHUNK, v] for i, v in rows])), y
+
+    def __call__(self, step, noise):
+        for s in (step, step + 1):
+            if s not in self.queue:
+                self.queue[s] = common.THREADS.submit(self.read, s)
+        *where, y = (common.to_device(v, self.device) for v in self.queue.pop(step).result())
+        latents = where[0] if self.on_gpu is None else self.on_gpu[tuple(where)]
+        return draw(latents, noise[self.rank_slice]), y
 
 
 def draw(latents, noise):
@@ -864,8 +870,8 @@ def evaluate(model, chunks, y, cfg, device, rank, world):
     t = (torch.randperm(n, generator=generator) + 0.5) / n
     eps, noise = torch.randn(2, n, *cfg.shape, generator=generator)
     losses = torch.zeros(n, device=device)  # other ranks' losses stay 0
-    for i in range(rank, n, 256 * world):
-        part = torch.arange(i, min(i + 256 * world, n), world)
+    for i in range(rank, n, 128 * world):
+        part = torch.arange(i, min(i + 128 * world, n), world)
         x0 = draw(torch.from_numpy(chunks[0][part, 0]), noise[part])  # an evaluation set is one chunk
         cond = null(y[part], cfg) if cfg.class_dropout == 1 else y[part]
         losses[part] = loss_per_sample(model, *(v.to(device) for v in (x0, cond, t[part], eps[part])), cfg)
@@ -890,7 +896,6 @@ def train(cfg):
     run, timer = common.Run(cfg, __file__, rank), common.Timer(device)
 
     # Data
-    torch.set_float32_matmul_precision("high")
     cfg, data, held_out, vae = load_data_and_vae(cfg, device, rank, world)
     few = common.evaluation_set(held_out)
     held_out_latents = encode_dataset(few, vae, cfg, "test", device, rank, world)
@@ -902,13 +907,13 @@ def train(cfg):
     latents = Latents(latents, data, cfg, device, rank, world, captions)
     timer.lap("load")
 
-    # Model: the plain one is averaged, saved and sampled
-    bf16 = common.supports_bf16(device)
-    dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if bf16 else "float32")
-    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    # Model
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     model = build_model(cfg).to(device)
     ema = common.EMA(model, cfg.ema_decay)
+    dtype, _ = common.prepare(model, cfg, cfg.steps >= 500 and not 0 < cfg.minutes < 1)
+    common.prepare(ema.model, cfg, cfg.steps >= 20_000 and not 0 < cfg.minutes < 30, dynamic=True)
+    bf16 = common.supports_bf16(device)
     optimizer = make_optimizer(model, cfg, torch.bfloat16 if bf16 else torch.float32)
     owned = sorted(id(p) for g in optimizer.param_groups for p in g["params"])
     assert owned == sorted(map(id, model.parameters())), "a parameter is in no optimizer group, or in two"
@@ -939,12 +944,10 @@ def train(cfg):
     evaluate(ema.model, held_out_latents, held_out_y[:8], cfg, device, rank, world)
     with common.warn_on_os_error("a trial picture"):
         sample_grid(ema.model, replace(cfg, num_samples=2, sampling_steps=1), device)
-    long_run = cfg.steps >= 500 and not 0 < cfg.minutes < 1
-    common.compile_blocks(model, r"(text_)?blocks\.\d+", cfg, long_run)
-    with autocast():
-        loss_per_sample(model, *get_batch(run.step)[0], cfg).mean().backward()
+    loss_per_sample(model, *get_batch(run.step)[0], cfg).mean().backward()
     model.zero_grad()
-    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    ddp = functools.partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
+    net = ddp(model, gradient_as_bucket_view=True) if world > 1 else model
     timer.lap("startup")
 
     step, start_step, seconds, stopping = run.step, run.step, timer.seconds["train"], False
@@ -966,8 +969,7 @@ def train(cfg):
         for i, batch in enumerate(get_batch(step)):
             if world > 1:  # ranks exchange gradients once per step, after the last micro-batch
                 net.require_backward_grad_sync = i == cfg.grad_accum - 1
-            with autocast():
-                part = loss_per_sample(net, *batch, cfg).mean() / cfg.grad_accum
+            part = loss_per_sample(net, *batch, cfg).mean() / cfg.grad_accum
             part.backward()
             loss += part.detach()
         if step == start_step and (dead := [n for n, p in model.named_parameters() if p.grad is None]):
@@ -988,10 +990,10 @@ def train(cfg):
         step += 1
         ema.update(model, step)
 
-        stopping, seconds = run.sync(timer.training())
+        stopping, seconds = run.sync(step, timer.training())
         done = progress()
-        run.log(step, loss=loss, grad_norm=grad_norm, lr=cfg.lr * lr_scale, seconds=seconds)
-        save = stopping or due(cfg.save_every) or done == 1
+        run.log(step, loss=loss, grad_norm=grad_norm, lr=cfg.lr * lr_scale, seconds=timer.training())
+        save = stopping or due(cfg.save_every) or due(cfg.keep_every) or done == 1
         if save or due(cfg.log_every) or due(cfg.eval_every) or step == start_step + 1:
             run.flush(done)
         if due(cfg.eval_every):
@@ -1000,7 +1002,7 @@ def train(cfg):
                 run.validate(step, losses, t)
         if save:
             with timer.section("save"):
-                run.save(model, ema, optimizer, seconds)
+                run.save(model, ema, optimizer, timer.training())
         if due(cfg.sample_every):
             with timer.section("sample"), common.warn_on_os_error("the pictures"):
                 grid = sample_grid(ema.model, cfg, device)

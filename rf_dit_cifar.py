@@ -74,7 +74,8 @@ class Config:
     seed: int = 0  # random seed
     resume: str = ""  # RUN or RUN/checkpoints/step_X.pt to continue
     config: str = ""  # run.yaml whose flags become the defaults
-    keep: int = resumable(2)  # checkpoints to keep
+    keep: int = resumable(2)  # newest checkpoints to keep
+    keep_every: int = resumable(0)  # steps between checkpoints to keep forever (for --guide); 0 = none
     # intervals in steps; 0 = never
     log_every: int = resumable(20)  # steps between lines of loss and speed (at least 1)
     eval_every: int = resumable(1000)  # steps between evaluations of the held-out loss
@@ -93,7 +94,8 @@ class Config:
 def check(cfg):
     """Raises UserError for values that cannot work."""
     common.require_range(cfg, "sampling_steps num_samples steps bs grad_accum keep log_every", 1)
-    common.require_range(cfg, "minutes warmup weight_decay grad_clip eval_every sample_every save_every", 0)
+    common.require_range(cfg, "minutes warmup weight_decay grad_clip", 0)
+    common.require_range(cfg, "eval_every sample_every save_every keep_every", 0)
     common.require_range(cfg, "ema_decay class_dropout", 0, 1)
     common.require_range(cfg, "lr muon_lr shift", 0, exclude_low=True)
     parts = cfg.grad_accum * int(os.environ.get("WORLD_SIZE", 1))
@@ -436,8 +438,8 @@ def evaluate(model, data, cfg, device, rank, world):
     t = (torch.arange(n) + 0.5) / n
     eps = torch.randn(n, *cfg.shape, generator=generator)
     losses = torch.zeros(n, device=device)  # other ranks' losses stay 0
-    for i in range(rank, n, 256 * world):
-        part = torch.arange(i, min(i + 256 * world, n), world)
+    for i in range(rank, n, 128 * world):
+        part = torch.arange(i, min(i + 128 * world, n), world)
         x0, y = data.images[part].to(device).float() / 127.5 - 1, data.labels[part].to(device)
         y = null(y, cfg) if cfg.class_dropout == 1 else y
         losses[part] = loss_per_sample(model, x0, y, t[part].to(device), eps[part].to(device), cfg)
@@ -462,14 +464,13 @@ def train(cfg):
     batches = common.Batches(data, cfg.bs, cfg.seed, device, rank, world, flip)
     timer.lap("load")
 
-    # Model: the plain one is averaged, saved and sampled
-    bf16 = common.supports_bf16(device)
-    dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if bf16 else "float32")
-    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    torch.set_float32_matmul_precision("high")
+    # Model
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     model = build_model(cfg).to(device)
     ema = common.EMA(model, cfg.ema_decay)
+    dtype, _ = common.prepare(model, cfg, cfg.steps >= 500 and not 0 < cfg.minutes < 1)
+    common.prepare(ema.model, cfg, cfg.steps >= 20_000 and not 0 < cfg.minutes < 30, dynamic=True)
+    bf16 = common.supports_bf16(device)
     optimizer = make_optimizer(model, cfg, torch.bfloat16 if bf16 else torch.float32)
     owned = sorted(id(p) for g in optimizer.param_groups for p in g["params"])
     assert owned == sorted(map(id, model.parameters())), "a parameter is in no optimizer group, or in two"
@@ -496,12 +497,10 @@ def train(cfg):
     evaluate(ema.model, few, cfg, device, rank, world)
     with common.warn_on_os_error("a trial picture"):
         sample_grid(ema.model, replace(cfg, num_samples=2, sampling_steps=1), device)
-    long_run = cfg.steps >= 500 and not 0 < cfg.minutes < 1
-    common.compile_blocks(model, r"blocks\.\d+", cfg, long_run)
-    with autocast():
-        loss_per_sample(model, *get_batch(run.step)[0], cfg).mean().backward()
+    loss_per_sample(model, *get_batch(run.step)[0], cfg).mean().backward()
     model.zero_grad()
-    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    ddp = functools.partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
+    net = ddp(model, gradient_as_bucket_view=True) if world > 1 else model
     timer.lap("startup")
 
     step, start_step, seconds, stopping = run.step, run.step, timer.seconds["train"], False
@@ -523,8 +522,7 @@ def train(cfg):
         for i, batch in enumerate(get_batch(step)):
             if world > 1:  # ranks exchange gradients once per step, after the last micro-batch
                 net.require_backward_grad_sync = i == cfg.grad_accum - 1
-            with autocast():
-                part = loss_per_sample(net, *batch, cfg).mean() / cfg.grad_accum
+            part = loss_per_sample(net, *batch, cfg).mean() / cfg.grad_accum
             part.backward()
             loss += part.detach()
         if step == start_step and (dead := [n for n, p in model.named_parameters() if p.grad is None]):
@@ -545,10 +543,10 @@ def train(cfg):
         step += 1
         ema.update(model, step)
 
-        stopping, seconds = run.sync(timer.training())
+        stopping, seconds = run.sync(step, timer.training())
         done = progress()
-        run.log(step, loss=loss, grad_norm=grad_norm, lr=cfg.lr * lr_scale, seconds=seconds)
-        save = stopping or due(cfg.save_every) or done == 1
+        run.log(step, loss=loss, grad_norm=grad_norm, lr=cfg.lr * lr_scale, seconds=timer.training())
+        save = stopping or due(cfg.save_every) or due(cfg.keep_every) or done == 1
         if save or due(cfg.log_every) or due(cfg.eval_every) or step == start_step + 1:
             run.flush(done)
         if due(cfg.eval_every):
@@ -556,7 +554,7 @@ def train(cfg):
                 run.validate(step, *evaluate(ema.model, held_out, cfg, device, rank, world))
         if save:
             with timer.section("save"):
-                run.save(model, ema, optimizer, seconds)
+                run.save(model, ema, optimizer, timer.training())
         if due(cfg.sample_every):
             with timer.section("sample"), common.warn_on_os_error("the pictures"):
                 grid = sample_grid(ema.model, cfg, device)

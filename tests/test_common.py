@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -338,14 +339,46 @@ def test_errors_of_the_user_are_one_line_and_bugs_keep_their_traceback(capsys):
             raise error
 
 
-def test_only_the_named_blocks_are_compiled():
+class Net(torch.nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        setattr(self, name, torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]))
+
+    def forward(self, x):
+        return next(self.children())[0](x)
+
+
+def test_a_network_runs_in_its_precision_and_its_blocks_are_compiled():
     for flag, worthwhile, name, expected in (
-        ("on", False, r"\d", ["0", "1"]), ("on", False, "", [""]), ("auto", True, "1", ["1"]),
-        ("auto", False, r"\d", []), ("off", True, r"\d", []),
+        ("on", False, "blocks", ["blocks.0", "blocks.1"]), ("on", False, "layers", [""]),
+        ("auto", True, "text_blocks", ["text_blocks.0", "text_blocks.1"]), ("auto", False, "blocks", []),
+        ("off", True, "blocks", []),
     ):  # fmt: skip
-        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-        common.compile_blocks(model, name, SimpleNamespace(compile=flag), worthwhile)
+        model = Net(name)
+        dtype, compiled = common.prepare(model, SimpleNamespace(compile=flag, dtype="float32"), worthwhile)
         assert [n for n, m in model.named_modules() if m._compiled_call_impl] == expected
+        assert (dtype, compiled) == (torch.float32, bool(expected))
+    model, x = Net("blocks"), torch.ones(1, 2)
+    common.prepare(model, SimpleNamespace(compile="off", dtype="bfloat16"))
+    copy, before = deepcopy(model), model(x)
+    assert before.dtype == torch.bfloat16 and (x @ model.blocks[0].weight).dtype == torch.float32
+    torch.nn.init.zeros_(copy.blocks[0].weight)  # a copy runs on its own weights
+    assert torch.equal(model(x), before) and torch.equal(copy(x)[0], copy.blocks[0].bias.bfloat16())
+
+
+def test_processes_agree_every_log_every_steps(monkeypatch):
+    """On what any of them says: seconds, and whether a signal came."""
+    asked = []
+
+    def all_reduce(tensor, op):
+        asked.append(tensor.tolist())
+        tensor.copy_(torch.maximum(tensor, torch.tensor([1.0, 7.5])))  # another process
+
+    monkeypatch.setattr(common.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(common.dist, "all_reduce", all_reduce)
+    run = SimpleNamespace(cfg=SimpleNamespace(log_every=3), stopping=False, agreed=(False, 1.0))
+    got = [common.Run.sync(run, step, seconds=step) for step in range(1, 7)]
+    assert got == [(False, 1.0)] * 2 + [(True, 7.5)] * 4 and asked == [[0, 3], [0, 6]]
 
 
 def test_images_are_saved_as_a_grid_and_an_animation(tmp_path):

@@ -1,12 +1,17 @@
 """The sampler of runs: its solvers against diffusers and closed forms, its command line on real runs."""
 
+import contextlib
+import hashlib
 import importlib.util
+import json
 import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +19,13 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from conftest import TINY
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
+from safetensors import safe_open
 
 import common
 import ddim_sample as d
@@ -59,7 +66,7 @@ def predictor(cfg, out, **flags):
 
 
 def run_of(script, cfg, model):
-    return d.Run(Path("run"), script, cfg, model, 0, None, True, torch.device("cpu"))
+    return d.Run(Path("run"), script, cfg, [model], 0, None, True, torch.device("cpu"))
 
 
 def grid_of(cfg, steps, spacing="trailing"):
@@ -335,6 +342,21 @@ def test_predict_gets_guidance_in_its_interval_and_both_times():
     assert seen == [(t, w, t / 2) for t, w in zip(times, (1, 1, 3, 3, 3, 1), strict=True)]
 
 
+def test_an_earlier_checkpoint_guides_within_the_interval():
+    """Karras et al. 2024, eq. 3: away from the worse network, both without guidance of their own."""
+
+    def predict(model, x, t, y, cfg, guidance, s):
+        assert guidance == 1
+        return model(x), 2 * model(x)
+
+    run = run_of(SimpleNamespace(predict=predict), None, lambda x: x + 5)
+    run = run._replace(models=[*run.models, lambda x: x + 1])
+    f = d.predictor(run, d.Config(clip_x0="off", guidance=3.0, guidance_interval=(0.25, 0.5)), torch.zeros(1))
+    for t, want in ((1.0, 5), (0.5, 1 + 3 * 4), (0.25, 1 + 3 * 4), (0.125, 5)):
+        x0, eps = f(torch.zeros(1, 1, 2, 2), t, t / 2)
+        assert (x0 == want).all() and (eps == 2 * want).all()
+
+
 # ------------------------------------------------------------------------------------------------
 # Runs
 
@@ -395,6 +417,7 @@ def main(monkeypatch, capsys):
             m.setitem(sys.modules, "common", common)
             m.setattr(sys, "path", list(sys.path))
             m.setattr(sys, "dont_write_bytecode", False)
+            m.setattr(d.signal, "signal", lambda *_: None)
             with common.exit_on_user_error():
                 d.main([str(a) for a in argv])
         return capsys.readouterr().out
@@ -420,9 +443,8 @@ def test_samples_of_a_fork_whose_script_is_gone(run, main, tmp_path):
     assert "NFE 4 network passes per sample, 4 of them doubled by guidance\n" in out
     assert f"wrote {run}/samples/{name}.png" in out
     made = [p for p in names(run / "samples") if p.startswith(name)]
-    assert made == [f"{name}.png", f"{name}_x0.gif", f"{name}_xt.gif"]
-    assert Image.open(run / "samples" / f"{name}_x0.gif").n_frames == 4
-    assert Image.open(run / "samples" / f"{name}_xt.gif").n_frames == 5
+    assert made == [f"{name}.gif", f"{name}.png"]
+    assert Image.open(run / "samples" / f"{name}.gif").n_frames == 4
     assert names(run / "code") == code == ["common.py", "my_fork.py"] and names(run) == before
 
 
@@ -594,7 +616,7 @@ def test_the_own_sampler_is_sample_of_the_script(run, main, tmp_path):
     """With --set and the noise of the same samples, whatever the batch size."""
     for bs in (100, 3):
         flags = ("--solver", "own", "--bs", bs, "--num-samples", 7, "--guidance", 2, "--npz")
-        flags += ("--set", "sampling_steps=5", "churn=0.5", "clip_x0=false")
+        flags += ("--dtype", "float32", "--set", "sampling_steps=5", "churn=0.5", "clip_x0=false")
         out = main(run, *flags, "--out", tmp_path / str(bs))
         assert "NFE 5 network passes per sample, 5 of them doubled" in out
     spec = importlib.util.spec_from_file_location("a_fork", run / "code" / "my_fork.py")
@@ -623,7 +645,8 @@ def test_the_own_sampler_is_sample_of_the_script(run, main, tmp_path):
     assert stored["solver"] == "own" and stored["nfe"] == 5
     assert stored["set"] == ["sampling_steps=5", "churn=0.5", "clip_x0=false"]
     name = "run_step_00000040_own_w2_seed0_setsampling_steps=5-churn=0.5-clip_x0=false_numsamples7"
-    assert names(tmp_path / "100") == [f"{name}.npz", f"{name}.png", f"{name}_x0.gif"]
+    name += "_dtypefloat32"
+    assert names(tmp_path / "100") == [f"{name}.gif", f"{name}.npz", f"{name}.png"]
 
 
 @dataclass
@@ -654,7 +677,7 @@ def test_set_changes_only_fields_about_guidance_and_sampling():
 
 
 def test_a_sample_depends_on_seed_and_number_alone(run, main, tmp_path):
-    flags, out = ("--steps", 3, "--eta", 0.7, "--npz", "--frames", 0), []
+    flags, out = ("--steps", 3, "--eta", 0.7, "--npz", "--frames", 0, "--dtype", "float32"), []
     for i, more in enumerate((("--bs", 100), ("--bs", 3), ("--num-samples", 7), ("--seed", 1))):
         main(run, "--num-samples", 10, *flags, *more, "--out", tmp_path / str(i))
         out.append(arrays(tmp_path / str(i)))
@@ -694,14 +717,14 @@ def test_classes(run, main):
 
 
 def test_an_interrupted_job_continues(run, main, monkeypatch, tmp_path):
-    """Stopped in its fifth batch, when the last sample of the fourth has reached the disk in part."""
-    flags = ("--num-samples", 150, "--bs", 30, "--npz", "--steps", 2, "--frames", 2)
+    """Stopped in its fourth batch, while the third is written; what is whole is not drawn again."""
+    flags = ("--num-samples", 140, "--bs", 30, "--npz", "--steps", 2, "--frames", 2)
     main(run, *flags, "--out", tmp_path / "whole")
     solve, seen = d.solve, []
 
     def counted(*args):
         seen.append(len(args[2]))
-        if len(seen) == 6:  # the first counts the passes
+        if len(seen) == 5:  # the first counts the passes
             raise KeyboardInterrupt
         return solve(*args)
 
@@ -709,27 +732,101 @@ def test_an_interrupted_job_continues(run, main, monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         main(run, *flags, "--out", tmp_path / "out")
     (part,) = (tmp_path / "out").glob("*.part")
-    os.truncate(part, part.stat().st_size - 100)
-    assert not list((tmp_path / "out").glob("*.npz")) and len(list((tmp_path / "out").glob("*.gif"))) == 2
+    assert [p for p in names(part) if "npy" in p] == [f"{i:08d}.npy" for i in (0, 28, 56)]  # equal batches
+    (part / "00000056.npy").rename(part / ".00000056.npy.123.tmp")
+    assert not list((tmp_path / "out").glob("*.npz")) and len(list((tmp_path / "out").glob("*.gif"))) == 1
     seen.clear()
     out = main(run, *flags, "--out", tmp_path / "out")
-    assert "continuing after 119 samples" in out and seen == [1, 30, 1]
-    whole, again = arrays(tmp_path / "whole"), arrays(tmp_path / "out")
-    assert np.abs(whole[0].astype(int) - again[0]).max() <= 1 and whole[1:][1] == again[1:][1]
-    assert names(tmp_path / "whole") == names(tmp_path / "out") and np.array_equal(whole[1], again[1])
+    assert "continuing after 2 of 5 batches" in out and seen == [1, 28, 28, 28]
+    for file in (tmp_path / "whole").iterdir():  # bit for bit, pictures included
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+    assert names(tmp_path / "whole") == names(tmp_path / "out")
 
 
-def test_stopped_among_the_first_it_starts_anew(run, main, monkeypatch):
-    """The pictures are made of the first 100 samples, which must pass in one go."""
-    flags, draw = ("--num-samples", 120, "--bs", 40, "--npz", "--steps", 1), d.draw_grid
-    monkeypatch.setattr(d, "draw_grid", lambda *a, **k: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        main(run, *flags)
-    monkeypatch.setattr(d, "draw_grid", draw)
-    out = main(run, *flags)
-    assert "continuing" not in out and arrays(run / "samples")[0].shape == (120, 16, 16, 1)
-    assert len(list((run / "samples").glob("*_steps*"))) == 0 and not list((run / "samples").glob("*.part"))
-    assert len(list((run / "samples").glob("step_00000040_ddim1_*.gif"))) == 2
+def digest(folder):
+    (file,) = folder.glob("*.npz")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_any_number_of_processes_draw_the_same_bytes(run, main, script, tmp_path):
+    """Three, killed while they draw, then two: the file of one that was never interrupted."""
+    flags = "--num-samples 95 --bs 10 --npz --rgb --steps 200 --frames 2".split()
+    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node".split()]
+    main(run, *flags, "--out", tmp_path / "one")
+    flags += ["--out", tmp_path / "many"]
+    process = script(NAME, run, *flags, prefix=[*torchrun, "3"], wait=False, env={"OMP_NUM_THREADS": "1"})
+    while process.poll() is None and len([*tmp_path.glob("many/*.part/*0.npy")]) < 2:
+        time.sleep(0.01)
+    workers = [int(p.name) for p in Path("/proc").glob("[0-9]*") if ours(p, str(tmp_path / "many"))]
+    for pid in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    done = [*tmp_path.glob("many/*.part/*0.npy")]
+    assert len(workers) == 4 and 2 <= len(done) < 10 and not [*tmp_path.glob("many/*.npz")]
+    p = script(NAME, run, *flags, prefix=[*torchrun, "2"], env={"OMP_NUM_THREADS": "1"})
+    assert p.returncode == 0 and f"continuing after {len(done)} of 10 batches" in p.out, p.err
+    assert digest(tmp_path / "one") == digest(tmp_path / "many") and arrays(tmp_path / "one")[0].std() > 10
+    assert arrays(tmp_path / "one")[0].shape == (95, 16, 16, 3) and not [*tmp_path.glob("*/*.part")]
+
+
+def ours(process, text):
+    with contextlib.suppress(OSError):
+        return text.encode() in (process / "cmdline").read_bytes()
+
+
+def test_networks_run_in_bfloat16_and_compiled_once_for_all_batches(run, main, tmp_path):
+    """... the last, smaller one included; x and the arithmetic of samplers stay float32."""
+    flags, out = ("--num-samples", 5, "--bs", 3, "--npz", "--frames", 0), {}
+    counters = torch._dynamo.utils.counters
+    kinds = {"a": ("float32", "off"), "b": ("bfloat16", "off"), "c": ("bfloat16", "on")}
+    for name, (dtype, compiled) in kinds.items():
+        counters.clear()
+        main(run, *flags, "--dtype", dtype, "--compile", compiled, "--out", tmp_path / name)
+        out[name], _, protocol = arrays(tmp_path / name)
+        protocol = yaml.safe_load(protocol)
+        assert (protocol["dtype"], protocol["compiled"]) == (dtype, compiled == "on")
+        assert counters["stats"]["unique_graphs"] == (compiled == "on")
+    assert not np.array_equal(out["a"], out["b"])  # 40 steps: errors of 16 bits on the way to x0
+    for name in "bc":
+        assert np.abs(out[name].astype(int) - out["a"]).mean() < 2 and out["a"].std() > 10
+
+
+def test_weights_are_shared_as_a_file(run, main, capsys, tmp_path):
+    """... which has all but the code: Config, class names, step; and the run's checkpoints may be gone."""
+    file, flags = tmp_path / "x.safetensors", ("--num-samples", 3, "--steps", 2, "--npz", "--frames", 0)
+    main(run, *flags, "--out", tmp_path / "a")
+    main(run, "--export", file)
+    shutil.rmtree(run / "checkpoints")
+    (run / "run.yaml").write_text("config: {}")
+    main(run, *flags, "--weights", file, "--out", tmp_path / "b")
+    assert np.array_equal(arrays(tmp_path / "a")[0], arrays(tmp_path / "b")[0])
+    with safe_open(file, "pt") as f:
+        about = f.metadata()
+    config = json.loads(about["config"])
+    assert config["classes"] == [*"0123456789"] and "out" not in config and about["step"] == "40"
+    other = safetensors.torch.save({"x": torch.zeros(1)}, about | {"contract": "0"})
+    for data, text in ((b"nothing", "is not a file of"), (other, "contract 0 instead of 1")):
+        file.write_bytes(data)
+        with pytest.raises(SystemExit):
+            main(run, *flags, "--weights", file)
+        err = capsys.readouterr().err
+        assert text in err and err.count("\n") == 1 and "; use ema, model or such a file" in err
+
+
+def test_an_earlier_checkpoint_guides_runs_without_conditions(run, main, tmp_path):
+    damaged(run, "unconditional")
+    flags = ("--num-samples", 3, "--steps", 4, "--npz", "--frames", 0)
+    out = main(run, *flags, "--guide", 20, "--guidance", 2, "--out", tmp_path / "a")
+    assert "NFE 8 network passes per sample\n" in out
+    main(run, *flags, "--out", tmp_path / "b")
+    assert not np.array_equal(arrays(tmp_path / "a")[0], arrays(tmp_path / "b")[0])
+
+
+def test_a_pipe_that_ends_is_no_error(run, script):
+    process = script(NAME, run, "--num-samples", 2, "--steps", 1, wait=False)
+    process.stdout.close()  # as `| head` does
+    assert (process.stderr.read(), process.wait()) == ("", 1)
 
 
 def test_the_file_says_how_it_was_made(run, main):
@@ -737,7 +834,7 @@ def test_the_file_says_how_it_was_made(run, main):
     assert "NFE 9 network passes per sample, 5 of them doubled by guidance" in out
     protocol = yaml.safe_load(arrays(run / "samples")[2])
     want = {"run": "run", "step": 40, "solver": "heun", "steps": 5, "nfe": 9, "num_samples": 2, "seed": 0}
-    want |= {"spacing": "trailing", "guidance": 1.5, "clip_x0": "on", "weights": "ema", "shape": [16, 16, 1]}
+    want |= {"spacing": "trailing", "guidance": 1.5, "clip_x0": "on", "weights": "ema", "bs": 2}
     assert want.items() <= protocol.items() and protocol["guidance_interval"] == [0.5, 1]
     assert protocol["rounding"] == "round(127.5 x + 127.5)"
 
@@ -754,7 +851,7 @@ def test_interpolation_runs_from_sample_to_sample(run, main, tmp_path):
         for column, i in ((0, a), (5, b)):
             tile = tiles[row * 72 : row * 72 + 64 : 4, column * 72 : column * 72 + 64 : 4]
             assert np.abs(tile - ends[i]).max() <= 1
-    assert len(list(tmp_path.glob("*interpolate6_x0.gif"))) == 1
+    assert len(list(tmp_path.glob("*interpolate6.gif"))) == 1
 
 
 def test_inverted_images_come_back(run, main):
@@ -838,9 +935,14 @@ def damaged(run, how):
             "--solver own has no --steps, --spacing, --clip-x0; use --set",
         ),
         ("", "--step 30", "no checkpoint of --step 30; there are 20, 40"),
+        ("", "--guide 30 --guidance 2", "no checkpoint of --guide 30; there are 20, 40"),
+        ("", "--guide 20 --guidance 1", "--guide has no effect at guidance 1"),
+        ("", "--guide 20 --solver own", "--solver own has no --guide"),
+        ("", "--export x --npz", "--export writes no samples"),
+        ("", "--weights nowhere", "--weights nowhere is not a file of .*--export"),
         ("", "--interpolate 1", "--interpolate is 1"),
         ("", "--interpolate 5 --invert", "--interpolate and --invert exclude each other"),
-        ("", "--compare --npz", "--compare only draws"),
+        ("", "--compare --npz", "--compare writes no samples"),
         ("", "--compare --solver heun", "--compare uses every solver"),
         ("", "--compare --steps 5", "--compare has its own steps"),
         ("", "--invert --eta 1", "--invert needs samplers without noise"),
@@ -882,7 +984,14 @@ def test_bad_input_is_one_line_and_status_2(run, main, capsys, tmp_path, how, fl
     assert [p for p in names(run / "samples") if not p.endswith(".part")] == before
 
 
-@pytest.mark.parametrize("argv, match", [([], "the run's folder is missing"), (["nowhere"], "is not a run")])
+@pytest.mark.parametrize(
+    "argv, match",
+    [
+        ([], "folder comes first"),
+        (["--num-samples", "2", "x"], "folder comes first"),
+        (["nowhere"], "is not a run"),
+    ],
+)
 def test_no_run(main, capsys, argv, match):
     with pytest.raises(SystemExit) as e:
         main(*argv)
@@ -890,15 +999,19 @@ def test_no_run(main, capsys, argv, match):
     assert e.value.code == 2 and text.startswith("error: ") and text.count("\n") == 1 and match in text
 
 
-def test_a_part_file_of_other_settings_is_not_touched(run, main, capsys):
-    main(run, "--num-samples", 2, "--steps", 1, "--npz", "--frames", 0)
+def test_a_part_folder_of_other_settings_or_in_use_is_not_touched(run, main, capsys):
+    flags = ("--num-samples", 2, "--steps", 1, "--npz", "--frames", 0)
+    main(run, *flags)
     (file,) = (run / "samples").glob("*ddim1_*.npz")
     part = file.with_name(file.stem + ".part")
-    part.write_bytes(b"{}\nprecious")
-    with pytest.raises(SystemExit):
-        main(run, "--num-samples", 2, "--steps", 1, "--npz", "--frames", 0)
-    assert "was started with other settings; " in capsys.readouterr().err
-    assert part.read_bytes() == b"{}\nprecious"
+    part.mkdir()
+    (part / "settings.json").write_text("{}")
+    with open(part / "lock", "w") as lock:
+        for message in ("was started with other settings; ", "is in use by another process; "):
+            with pytest.raises(SystemExit):
+                main(run, *flags)
+            assert message in capsys.readouterr().err and (part / "settings.json").read_text() == "{}"
+            assert common.lock(lock)
 
 
 def test_an_unconditional_run_labels_nothing(run, main):

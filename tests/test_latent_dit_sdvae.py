@@ -314,6 +314,7 @@ def test_latents_come_in_the_order_of_the_batches(vae_folder, tmp_path, monkeypa
         latents, labels = (torch.cat(v) for v in zip(*(p(step, noise) for p in parts), strict=True))
         torch.testing.assert_close(latents, mean + std * noise, rtol=2e-3, atol=2e-3)
         assert torch.equal(labels, y)
+        assert all(step + 1 in p.queue for p in parts)  # is read while this step trains
 
 
 def test_chunks_give_the_batches_of_one_chunk(vae_folder, tmp_path, monkeypatch):
@@ -917,7 +918,7 @@ def test_two_processes_train_as_one(whole, shared, script, tmp_path):
 def test_ddim_sample_samples_it(whole, script):
     p = script("ddim_sample.py", whole, "--solver", "own", "--guidance", 3, "--num-samples", 10)
     assert p.returncode == 0, p.err
-    assert (whole / "samples" / "step_00000040_own_w3_seed0_numsamples10_x0.gif").exists()
+    assert (whole / "samples" / "step_00000040_own_w3_seed0_numsamples10.gif").exists()
     for flags in (["--npz"], ["--solver", "dpmpp2m"], ["--solver", "heun", "--interpolate", 5]):
         p = script("ddim_sample.py", whole, "--steps", 4, "--num-samples", 10, *flags)
         assert p.returncode == 0, p.err

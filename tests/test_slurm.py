@@ -40,10 +40,10 @@ def repo(tmp_path, monkeypatch):
 class Job:
     """A job on CPUs, from its submission on."""
 
-    def __init__(self, repo, *options, flags=()):
-        command = "sbatch --parsable --gpus-per-node=0 --cpus-per-task=1".split()
-        command += [*options, "slurm/run.sh", *TINY, *flags]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    def __init__(self, repo, *options, flags=(), command=TINY):
+        sbatch = "sbatch --parsable --gpus-per-node=0 --cpus-per-task=1".split()
+        sbatch += [*options, "slurm/run.sh", *command, *flags]
+        done = subprocess.run([*map(str, sbatch)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         self.number, self.repo = done.stdout.strip(), repo
         self.out = repo / "logs" / "slurm" / f"{self.number}.out"
@@ -128,6 +128,22 @@ def test_two_nodes_go_on_after_a_requeue_as_if_nothing_had_happened(repo, whole,
     assert job.steps() == list(range(1, 301)) and len(list((repo / "logs" / "ddpm").iterdir())) == 1
     torch.testing.assert_close(weights(job.run()), weights(whole), rtol=0, atol=0)
     assert [x["loss"] for x in lines(job.run())] == [x["loss"] for x in lines(whole)]
+
+
+@slurm
+def test_a_job_that_samples_goes_on_after_a_requeue(repo, whole):
+    """By two nodes, warned of the time limit; the file is that of one process."""
+    flags = "--num-samples 2000 --bs 10 --steps 20 --npz --frames 0 --out".split()
+    command = [sys.executable, "ddim_sample.py", whole, *flags, repo / "one"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    job = Job(repo, "--nodes=2", command=["ddim_sample.py", whole, *flags, repo / "many"])
+    job.until(lambda: len([*repo.glob("many/*.part/*0.npy")]) > 3)
+    subprocess.run(["scancel", "--signal=USR1", "--batch", job.number], check=True)
+    assert job.ended() == "COMPLETED" and job.facts()["Restarts"] == "1", job.log()
+    assert re.search(r"continuing after \d+ of 200 batches", job.log())
+    one, many = (next(repo.glob(f"{name}/*.npz")).read_bytes() for name in ("one", "many"))
+    assert one == many
 
 
 @slurm

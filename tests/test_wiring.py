@@ -111,7 +111,7 @@ def test_the_loop_trains_and_evaluates_as_it_says(script, train, vae, monkeypatc
 
     state = common.newest_checkpoint(run)
     assert any(not torch.equal(state["ema"][k], v) for k, v in state["model"].items())
-    last = [c for c in calls if c[3] is not None][-8:]  # 2,000 held-out images in batches of 256
+    last = [c for c in calls if c[3] is not None][-16:]  # 2,000 held-out images in batches of 128
     ours, others = (encode(d.images / 127.5 - 1).flatten(1) for d in (held_out, data))
     for x0, _, _, used, _ in last:
         assert same(used, state["ema"])
@@ -121,6 +121,33 @@ def test_the_loop_trains_and_evaluates_as_it_says(script, train, vae, monkeypatc
     assert any(not torch.equal(sampled[0][k], v) for k, v in state["ema"].items())  # it follows the weights
     (val,) = lines(run, "val")
     assert val["loss"] == pytest.approx(torch.cat([c[4] for c in last]).mean().item(), rel=1e-5)
+
+
+@every_script
+def test_one_way_to_run_a_network_and_checkpoints_that_stay(script, train, monkeypatch):
+    """Training, evaluation and grids in the precision of --dtype; --keep-every keeps what --guide needs."""
+    seen, loss_per_sample, predict = set(), script.loss_per_sample, script.predict
+
+    def spy(kind, call):
+        def spied(model, *args, **more):
+            net = getattr(model, "module", model)
+            hook = net.register_forward_hook(
+                lambda m, x, out: seen.add((kind, m.training, x[0].dtype, out.dtype))
+            )
+            out = call(model, *args, **more)
+            hook.remove()
+            assert all(v.dtype == torch.float32 for v in (out if isinstance(out, tuple) else [out]))
+            return out
+
+        return spied
+
+    monkeypatch.setattr(script, "loss_per_sample", spy("loss", loss_per_sample))
+    monkeypatch.setattr(script, "predict", spy("sample", predict))
+    flags = ("--steps", 9, "--eval-every", 9, "--save-every", 2, "--keep", 1, "--keep-every", 3)
+    run = train(script, *flags, "--dtype", "bfloat16")
+    kinds = {("loss", True), ("loss", False), ("sample", False)}
+    assert seen == {(*kind, torch.float32, torch.bfloat16) for kind in kinds}
+    assert [int(p.stem[5:]) for p in sorted(run.glob("checkpoints/*.pt"))] == [3, 6, 9]
 
 
 @every_script
