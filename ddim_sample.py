@@ -10,7 +10,7 @@ executed, so only sample runs that you trust.
     python ddim_sample.py RUN --solver own --set sampling_steps=20  the script's own sample()
     python ddim_sample.py RUN --prompt "a thin white 3"             images of a caption (runs with --text on)
     python ddim_sample.py RUN --num-samples 50000 --bs 500 --npz    for FID tools; continues if interrupted
-    torchrun --nproc-per-node=8 ddim_sample.py RUN ...    the same samples, by 8 processes
+    torchrun --standalone --nproc-per-node=8 ddim_sample.py RUN ... the same, by 8 processes
     python ddim_sample.py RUN --guide 5000 --guidance 2             guided by the run's own checkpoint
     python ddim_sample.py RUN --interpolate 10                      rows between the noise of two samples
     python ddim_sample.py RUN --invert                              held-out images to noise and back
@@ -316,6 +316,7 @@ def load_run(path, flags):
 
     exported = flags.weights not in ("ema", "model")
     if exported:
+        require(not flags.step, f"--weights {flags.weights} has a step of its own; leave out --step")
         states = [import_weights(flags.weights)]
     else:
         states = [common.newest_checkpoint(checkpoint(flags.step, "--step") if flags.step else path)]
@@ -343,7 +344,7 @@ def export(run, flags, y, path):
     """The weights, with step, contract and Config (which has the class names) in the file's metadata."""
     from safetensors.torch import save
 
-    local = ("resume", "config", "data_root", "out")  # paths on this machine
+    local = ("resume", "config", "data_root", "out", "cache")  # paths on this machine
     config = {k: v for k, v in asdict(run.config).items() if k not in local}
     about = {"contract": VERSION, "step": str(run.step), "config": json.dumps(config)}
     data = save({k: v.cpu().contiguous() for k, v in run.models[0].state_dict().items()}, about)
@@ -450,8 +451,13 @@ def draw_grid(run, path, x, frames=(), columns=10):
 def sample(run, flags, y, path):
     """Samples in batches, each a file of the folder PATH.part until all are there. Process r of N draws every
     N-th of those that are missing; an interrupted job continues, with any number of processes."""
+
+    def stop(*_):
+        common.print0("stopped by a signal; the same command continues")
+        sys.exit(common.EXIT_PREEMPTED)
+
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(common.EXIT_PREEMPTED))
+        signal.signal(number, stop)
     nfe, guided = count_passes(run, flags, y)
     guided = f", {guided} of them doubled by guidance" * (guided > 0)
     common.print0(f"NFE {nfe} network passes per sample{guided}")

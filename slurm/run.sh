@@ -10,18 +10,19 @@
 #SBATCH --open-mode=append
 #SBATCH --output=logs/slurm/%j.out
 #
-# Runs a training script on a cluster: one torchrun a node, one process a GPU.
+# Runs a script on a cluster: one torchrun a node, one process a GPU.
 #
 #   sbatch slurm/run.sh rf_dit_cifar.py --steps 200000 --bs 256
 #   sbatch --nodes=2 --gpus-per-node=8 slurm/run.sh rf_dit_cifar.py --bs 2048
 #   sbatch --gpus-per-node=0 slurm/run.sh ddpm_unet_mnist.py        on CPUs
+#   sbatch slurm/run.sh ddim_sample.py RUN --num-samples 50000 --npz
 #   bash slurm/run.sh rf_dit_cifar.py ...        looks for what is missing first, then submits
 #
 # Submit from the repository; options of sbatch go before slurm/run.sh, flags of the script after its name.
 # Before the time limit (--signal above), and when the job is preempted or its node fails, the run's checkpoint
 # is written, the job is queued again under its number and goes on in the same run folder, with the code that is in
-# it, whatever was edited since. logs/slurm/JOB.out is the log; logs/slurm/JOB.run names the run folder, whose
-# run.out names the log.
+# it, whatever was edited since. A job that samples goes on after its last batch. logs/slurm/JOB.out is the log;
+# logs/slurm/JOB.run names the run folder, whose run.out names the log.
 #
 #   VENV             virtual environment        default .venv, else the python that is active
 #   DIFFUSION_DATA   where datasets are         default data/

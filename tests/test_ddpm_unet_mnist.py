@@ -476,7 +476,7 @@ def test_sample_and_resume_of_a_finished_run(whole, script):
     flags = ["--solver", "own", "--guidance", 3, "--seed", 5, "--num-samples", 10]
     p = script("ddim_sample.py", run, *flags)
     assert p.returncode == 0 and "NFE 4 " in p.out, p.err
-    assert (run / "samples" / "step_00000060_own_w3_seed5_numsamples10_x0.gif").exists()
+    assert (run / "samples" / "step_00000060_own_w3_seed5_numsamples10.gif").exists()
     p = script(NAME, "--resume", run)
     assert p.returncode == 0 and same(weights(run), before) and len(lines(run)) == 60, p.err
     p = script(NAME, "--resume", run, "--lr", 1)

@@ -915,22 +915,22 @@ def test_two_processes_train_as_one(whole, shared, script, tmp_path):
     assert len(list((tmp_path / "cache").glob("digits_train*/*.npy"))) == 5
 
 
-def test_ddim_sample_samples_it(whole, script):
+def test_ddim_sample_samples_it(whole, script, main, capsys):  # noqa: F811
     p = script("ddim_sample.py", whole, "--solver", "own", "--guidance", 3, "--num-samples", 10)
     assert p.returncode == 0, p.err
     assert (whole / "samples" / "step_00000040_own_w3_seed0_numsamples10.gif").exists()
     for flags in (["--npz"], ["--solver", "dpmpp2m"], ["--solver", "heun", "--interpolate", 5]):
-        p = script("ddim_sample.py", whole, "--steps", 4, "--num-samples", 10, *flags)
-        assert p.returncode == 0, p.err
+        main(whole, "--steps", 4, "--num-samples", 10, *flags)
     (file,) = (whole / "samples").glob("*.npz")
     assert np.load(file)["arr_0"].shape == (10, 16, 16, 1)
-    p = script("ddim_sample.py", whole, "--invert", "--steps", 4)
-    assert p.returncode == 2 and "this run has latents (4, 4, 4)" in p.err
+    with pytest.raises(SystemExit, match="2"):
+        main(whole, "--invert", "--steps", 4)
+    assert "this run has latents (4, 4, 4)" in capsys.readouterr().err
     p = script(NAME, "--resume", whole, "--latent-mode", "mean")
     assert p.returncode == 2 and p.err.startswith("error: --latent-mode is mean, but sample in ")
 
 
-def test_a_run_with_a_vae_of_its_own_moves(script, tmp_path):
+def test_a_run_with_a_vae_of_its_own_moves(script, main, tmp_path):  # noqa: F811
     """--vae train: sampled, and even resumed, where the cache and its VAE are gone."""
     flags = "--vae train --vae-steps 3 --steps 4 --eval-every 0".split()
     p = script(NAME, *TINY, *flags, "--cache", tmp_path / "cache")
@@ -938,8 +938,7 @@ def test_a_run_with_a_vae_of_its_own_moves(script, tmp_path):
     run = newest_run(tmp_path).rename(tmp_path / "moved")
     shutil.rmtree(tmp_path / "cache")
     for flags in (["--steps", 4], ["--solver", "own", "--guidance", 2]):
-        p = script("ddim_sample.py", run, "--num-samples", 10, *flags)
-        assert p.returncode == 0, p.err
+        main(run, "--num-samples", 10, *flags)
     p = script(NAME, "--resume", run, "--steps", 6)
     assert p.returncode == 0 and "training one" not in p.out and len(lines(run)) == 6, p.err
     for file in (run / "code" / "vae").glob("*.safetensors"):  # another VAE's weights in its place
