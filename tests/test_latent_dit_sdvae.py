@@ -932,9 +932,12 @@ def test_ddim_sample_samples_it(whole, script, main, capsys):  # noqa: F811
 
 def test_a_run_with_a_vae_of_its_own_moves(script, main, tmp_path):  # noqa: F811
     """--vae train: sampled, and even resumed, where the cache and its VAE are gone."""
-    flags = "--vae train --vae-steps 3 --steps 4 --eval-every 0".split()
-    p = script(NAME, *TINY, *flags, "--cache", tmp_path / "cache")
-    assert p.returncode == 0 and "vae     training one on digits" in p.out, p.err
+    for i, image in enumerate(common.load_dataset("digits", image_size=16).images[:200]):
+        (tmp_path / "few" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(tmp_path / "few" / str(i % 2) / f"{i}.png")
+    flags = "--vae train --vae-steps 3 --steps 4 --eval-every 0 --dataset".split()
+    p = script(NAME, *TINY, *flags, tmp_path / "few", "--cache", tmp_path / "cache")
+    assert p.returncode == 0 and "vae     training one on few" in p.out, p.err
     run = newest_run(tmp_path).rename(tmp_path / "moved")
     shutil.rmtree(tmp_path / "cache")
     for flags in (["--steps", 4], ["--solver", "own", "--guidance", 2]):

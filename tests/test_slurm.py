@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_ddim_sample import main  # noqa: F401
 
 import common
 
@@ -103,20 +104,12 @@ def whole(tmp_path_factory):
     return run
 
 
-@slurm
-def test_a_job_and_its_run_name_each_other(repo):
-    job = Job(repo, flags=["--steps", 10])
-    assert job.ended() == "COMPLETED" and job.steps() == list(range(1, 11)), job.log()
-    assert str(job.run().relative_to(repo)) in job.log()
-    assert f"job     {job.out}" in (job.run() / "run.out").read_text()
-
-
 SAMPLE = "--num-samples 600 --bs 6 --steps 30 --npz --frames 0 --out".split()
 
 
 @slurm
 @pytest.mark.parametrize("how", ["warning", "requeue"])
-def test_two_nodes_go_on_after_a_requeue_as_if_nothing_had_happened(repo, whole, how):
+def test_two_nodes_go_on_after_a_requeue_as_if_nothing_had_happened(repo, whole, main, how):  # noqa: F811
     """The time limit's warning, to the batch shell alone, and to that of a job that samples; Slurm's own
     requeue, as in a preemption, after an edit of the script, which is not the run's."""
     job = Job(repo, "--nodes=2", flags=["--steps", 300, "--save-every", 1000])
@@ -125,18 +118,21 @@ def test_two_nodes_go_on_after_a_requeue_as_if_nothing_had_happened(repo, whole,
         (repo / TINY[0]).write_text("raise SystemExit('edited')")
         subprocess.run(["scontrol", "requeue", job.number], check=True)
     else:
-        other = Job(repo, "--nodes=2", command=["ddim_sample.py", whole, *SAMPLE, repo / "two"])
+        other = Job(repo, command=["ddim_sample.py", whole, *SAMPLE, repo / "two"])
         job.training()
         subprocess.run(["scancel", "--signal=USR1", "--batch", job.number], check=True)
         other.until(lambda: len([*repo.glob("two/*.part/*.npy")]) > 3)
         subprocess.run(["scancel", "--signal=USR1", "--batch", other.number], check=True)
-        command = [sys.executable, "ddim_sample.py", whole, *SAMPLE, repo / "one"]
-        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
         assert other.ended() == "COMPLETED" and other.facts()["Restarts"] == "1", other.log()
         assert re.search(r"continuing after \d+ of 100 batches", other.log())
+        torch.set_num_threads(1)  # as in the job
+        main(whole, *SAMPLE, repo / "one")
+        torch.set_num_threads(2)
         one, two = (next(repo.glob(f"{name}/*.npz")).read_bytes() for name in ("one", "two"))
         assert one == two
     assert job.ended() == "COMPLETED" and job.facts()["Restarts"] == "1", job.log()
+    assert str(job.run().relative_to(repo)) in job.log()  # job and run name each other
+    assert f"job     {job.out}" in (job.run() / "run.out").read_text()
     assert "stopped by a signal after step" in job.log() and ", continuing after step" in job.log()
     assert job.steps() == list(range(1, 301)) and len(list((repo / "logs" / "ddpm").iterdir())) == 1
     torch.testing.assert_close(weights(job.run()), weights(whole), rtol=0, atol=0)
