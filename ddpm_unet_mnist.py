@@ -418,6 +418,7 @@ def train(cfg):
     ema = common.EMA(model, cfg.ema_decay)
     # Compiled, a step takes 3/4 of the time (2 CPU cores), but compiling takes a minute.
     dtype, _ = common.prepare(model, cfg, cfg.steps >= 2000 and not 0 < cfg.minutes < 5)
+    # The average is evaluated and sampled, in any batch size: only a long run recovers compiling it, too.
     common.prepare(ema.model, cfg, cfg.steps >= 20_000 and not 0 < cfg.minutes < 30, dynamic=True)
     matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == m] for m in (True, False))
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -450,8 +451,8 @@ def train(cfg):
         sample_grid(ema.model, replace(cfg, num_samples=2, sampling_steps=1), device)
     loss_per_sample(model, *get_batch(run.step)[0], cfg).mean().backward()
     model.zero_grad()
-    ddp = functools.partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
-    net = ddp(model, gradient_as_bucket_view=True) if world > 1 else model
+    no_copies = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    net = nn.parallel.DistributedDataParallel(model, **no_copies) if world > 1 else model
     timer.lap("startup")
 
     step, start_step, seconds, stopping = run.step, run.step, timer.seconds["train"], False

@@ -469,6 +469,7 @@ def train(cfg):
     model = build_model(cfg).to(device)
     ema = common.EMA(model, cfg.ema_decay)
     dtype, _ = common.prepare(model, cfg, cfg.steps >= 500 and not 0 < cfg.minutes < 1)
+    # The average is evaluated and sampled, in any batch size: only a long run recovers compiling it, too.
     common.prepare(ema.model, cfg, cfg.steps >= 20_000 and not 0 < cfg.minutes < 30, dynamic=True)
     bf16 = common.supports_bf16(device)
     optimizer = make_optimizer(model, cfg, torch.bfloat16 if bf16 else torch.float32)
@@ -499,8 +500,8 @@ def train(cfg):
         sample_grid(ema.model, replace(cfg, num_samples=2, sampling_steps=1), device)
     loss_per_sample(model, *get_batch(run.step)[0], cfg).mean().backward()
     model.zero_grad()
-    ddp = functools.partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
-    net = ddp(model, gradient_as_bucket_view=True) if world > 1 else model
+    no_copies = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    net = nn.parallel.DistributedDataParallel(model, **no_copies) if world > 1 else model
     timer.lap("startup")
 
     step, start_step, seconds, stopping = run.step, run.step, timer.seconds["train"], False
