@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ddim_sample import main  # noqa: F401
 
 import common
 
@@ -109,7 +108,7 @@ SAMPLE = "--num-samples 600 --bs 6 --steps 30 --npz --frames 0 --out".split()
 
 @slurm
 @pytest.mark.parametrize("how", ["warning", "requeue"])
-def test_two_nodes_go_on_after_a_requeue_as_if_nothing_had_happened(repo, whole, main, how):  # noqa: F811
+def test_two_nodes_go_on_after_a_requeue_as_if_nothing_had_happened(repo, whole, how):
     """The time limit's warning, to the batch shell alone, and to that of a job that samples; Slurm's own
     requeue, as in a preemption, after an edit of the script, which is not the run's."""
     job = Job(repo, "--nodes=2", flags=["--steps", 300, "--save-every", 1000])
@@ -125,9 +124,8 @@ def test_two_nodes_go_on_after_a_requeue_as_if_nothing_had_happened(repo, whole,
         subprocess.run(["scancel", "--signal=USR1", "--batch", other.number], check=True)
         assert other.ended() == "COMPLETED" and other.facts()["Restarts"] == "1", other.log()
         assert re.search(r"continuing after \d+ of 100 batches", other.log())
-        torch.set_num_threads(1)  # as in the job
-        main(whole, *SAMPLE, repo / "one")
-        torch.set_num_threads(2)
+        command = [sys.executable, ROOT / "ddim_sample.py", whole, *SAMPLE, repo / "one"]
+        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)  # as in the job
         one, two = (next(repo.glob(f"{name}/*.npz")).read_bytes() for name in ("one", "two"))
         assert one == two
     assert job.ended() == "COMPLETED" and job.facts()["Restarts"] == "1", job.log()
