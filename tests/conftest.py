@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-# Several tests at once have more threads than there are cores: those that wait must not spin.
+# Two tests at once (-n 2) have a thread each; those of scripts, which have two, must not spin when they wait.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 import common  # noqa: E402
 
@@ -34,6 +34,15 @@ def digits_are_drawn_once(request, monkeypatch):
 
     if request.module.__name__ != "test_common":
         monkeypatch.setattr(common, "load_dataset", once)
+
+
+@pytest.fixture
+def two_threads():
+    """As scripts have by default; sums are split in other ways than with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -539,7 +539,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "pickle bomb", "foreign"])
-def test_damaged_newest_checkpoint(whole, tmp_path, monkeypatch, capsys, damage):
+def test_damaged_newest_checkpoint(whole, tmp_path, monkeypatch, capsys, damage, two_threads):
     """The one before it is used, with a warning that names both; asked for by name, it is an error."""
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "logs" / "ddpm" / "copy"
@@ -570,7 +570,7 @@ def test_damaged_newest_checkpoint(whole, tmp_path, monkeypatch, capsys, damage)
     assert [x["step"] for x in lines(run)] == list(range(1, 61)) and not (tmp_path / "owned").exists()
 
 
-def test_resume_from_an_earlier_checkpoint(whole, tmp_path, monkeypatch):
+def test_resume_from_an_earlier_checkpoint(whole, tmp_path, monkeypatch, two_threads):
     run = tmp_path / "logs" / "ddpm" / "copy"
     shutil.copytree(whole[0], run)
     train(tmp_path, monkeypatch, "--resume", run / "checkpoints" / "step_00000055.pt")

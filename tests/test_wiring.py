@@ -307,7 +307,7 @@ def test_samples_that_are_not_finite_are_an_error(script, train, main, monkeypat
 
 
 @every_script
-def test_compiled_runs_resume_bit_for_bit(script, train):
+def test_compiled_runs_resume_bit_for_bit(script, train, two_threads):
     """As used: compiled, two threads, gradients large enough to be added up by both of them."""
     assert torch.get_num_threads() == 2
     torch._dynamo.reset()  # forgets what other tests compiled; after eight graphs it gives up
