@@ -424,7 +424,7 @@ def count_passes(run, flags, y):
     """(network passes per sample, those on a doubled batch for guidance), counted on networks that give 0."""
     sizes = []
     for model in run.models:
-        model.forward = lambda x, *_: sizes.append(len(x)) or torch.zeros_like(x)
+        model.forward = lambda x, *_, **__: sizes.append(len(x)) or torch.zeros_like(x)
     eps, noise = noise_of(run, flags, [0])
     solve(run, flags, eps, y[:1], noise)
     for model in run.models:

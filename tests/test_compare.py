@@ -1,0 +1,192 @@
+"""compare.py: its statistics and arguments; a comparison that is interrupted, continued and extended."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import compare
+import numpy as np
+import pytest
+import quality
+from PIL import Image
+
+from common import UserError
+
+ROOT = Path(__file__).parent.parent
+TINY = "--dim 32 --depth 1 --heads 2 --patch 4 --bs 8 --steps 300 --compile off --log-every 1".split()
+
+
+# ---- statistics
+
+
+def test_paired_differences_of_students_own_example():
+    """Hours of additional sleep (Student 1908, "The probable error of a mean"); results of R's t.test()."""
+    first = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+    second = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    mean, (low, high), p, above = compare.paired(first, second)
+    assert (mean, low, high, p) == pytest.approx((1.58, 0.7001142, 2.4598858, 0.002832890), rel=1e-6)
+    assert above == 9
+    assert compare.verdict(mean, low, high, more_is_better=True) == "better"
+    assert compare.verdict(mean, low, high, more_is_better=False) == "worse"
+    assert compare.verdict(-mean, -high, -low, more_is_better=False) == "better"
+    assert compare.verdict(0.1, -0.3, 0.5, more_is_better=True) == "no difference larger than 0.5"
+    mean, (low, high), *_ = compare.paired([1.0], [2.0])
+    assert compare.verdict(mean, low, high, more_is_better=True) == "one seed: unknown"
+
+
+def test_detectable_differences_as_tabulated():
+    """Half a standard deviation takes 34 pairs at 5% and 80% (Cohen 1988; G*Power), a whole one takes 10."""
+    for effect, pairs in ((0.5, 34), (1.0, 10), (0.2, 199)):
+        assert compare.detectable(3.0, pairs) < 3 * effect < compare.detectable(3.0, pairs - 1)
+
+
+# ---- arguments
+
+
+def test_arguments_are_ours_or_the_trainers():
+    words = "a.py --minutes 2 --vary|--lr 1|--lr 2 --wd 3|--seeds 3 --num-samples=50 --optimizer adamw"
+    words = [w for part in words.split("|") for w in ([part] if part.startswith("--lr") else part.split())]
+    files, ours, theirs, variants = compare.split_arguments(words)
+    assert (files, variants) == (["a.py"], ["--lr 1", "--lr 2 --wd 3"])
+    assert ours == ["--seeds", "3", "--num-samples=50"]
+    assert theirs == ["--minutes", "2", "--optimizer", "adamw"]
+
+
+@pytest.mark.parametrize(
+    "words, error",
+    [
+        (["--minutes", "2"], "the script to compare with comes first"),
+        (["ot.patch"], "the script to compare with comes first"),
+        (["rf_dit_cifar.py", "rf_dit_cifar.py"], "two have the same name"),
+        (["rf_dit_cifar.py", "--vary", "--lr 1"], "--vary needs the flags of two contenders or more"),
+        (["rf_dit_cifar.py", "--vary", "--lr 1", "--flip", "--lr 2"], "is a value of no flag"),
+        (["rf_dit_cifar.py", "x.py", "--vary", "--lr 1", "--lr 2"], "--vary is for flags of one script"),
+        (["rf_dit_cifar.py", "--seed", "3"], "--seed differs from run to run; leave it out"),
+        (["rf_dit_cifar.py", "--seeds", "0"], "--seeds is 0; it must be at least 1"),
+        (["rf_dit_cifar.py", "broken.patch"], "broken.patch does not apply to rf_dit_cifar.py"),
+        (["fails.py"], "fails does not train: unknown argument --bs"),
+        (["--record", "."], "has no readable results.json"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(words, error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("rf_dit_cifar.py", "common.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    code = "import common\nif __name__ == '__main__':\n    with common.exit_on_user_error():\n"
+    (tmp_path / "fails.py").write_text(code + "        raise common.UserError('unknown argument --bs')\n")
+    lines = "--- a/rf_dit_cifar.py\n+++ b/rf_dit_cifar.py\n@@ -1,2 +1,2 @@\n not there\n-nor this\n+at all\n"
+    (tmp_path / "broken.patch").write_text(lines)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=re.escape(error)):
+        compare.main([*words, *(TINY if words[0] != "--record" else [])])
+    assert [f for f in sorted(tmp_path.rglob("*")) if f.is_file()] == before
+
+
+def test_a_patch_is_applied_to_the_baseline_and_one_of_another_file_left_out(tmp_path, capsys):
+    script, code = ROOT / "rf_dit_cifar.py", tmp_path / "code"
+    old = "def decode(x, cfg):\n    return x\n"
+    text = f"A header.\n--- a/rf_dit_cifar.py\n+++ b/rf_dit_cifar.py\n@@ -{line_of(script, old)},2 +1,2 @@\n"
+    (tmp_path / "idea.patch").write_text(text + " def decode(x, cfg):\n-    return x\n+    return -x\n")
+    (tmp_path / "other.patch").write_text(text.replace("rf_dit_cifar", "ddim_sample"))
+    files = [script, tmp_path / "other.patch", tmp_path / "idea.patch"]
+    first, second = compare.make_contenders([*map(str, files)], [], code)
+    assert "left out" in (out := capsys.readouterr().out) and "changes ddim_sample.py" in out
+    assert (first["name"], second["name"]) == ("rf_dit_cifar", "idea") and first["hash"] != second["hash"]
+    assert (code / first["code"] / first["script"]).read_text() == script.read_text()
+    changed = (code / second["code"] / second["script"]).read_text()
+    assert changed == script.read_text().replace(old, old.replace("return x", "return -x"))
+
+
+def line_of(file, text):
+    return file.read_text().split(text)[0].count("\n") + 1
+
+
+# ---- a comparison
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two classes of noisy 8x8 images, bright and dark."""
+    folder, g = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, n in (("train", 60), ("test", 30)):
+        for i in range(n):
+            file = folder / split / ("dark", "bright")[i % 2] / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(g.integers(0, 100, (8, 8), np.uint8) + np.uint8(150 * (i % 2))).save(file)
+    return folder
+
+
+def test_interrupted_continued_and_extended(images, tmp_path, monkeypatch, capsys):
+    """Equal contenders are exactly equal: seeds, order of the images, noise and samples are paired."""
+    monkeypatch.setattr(quality, "STEPS", 20)
+    out, script = tmp_path / "out", tmp_path / "idea.py"
+    for name, copy in (("rf_dit_cifar.py", script), ("common.py", tmp_path / "common.py")):
+        copy.write_bytes((ROOT / name).read_bytes())
+    words = [script, "--vary", "--lr 1e-3", "--lr 0.001 --t-sampling uniform", "--dataset", images, *TINY]
+    words += ["--num-samples", 20, "--sample", "--steps 2", "--out", out, "--cache", tmp_path / "cache"]
+    words = [*map(str, words), "--seeds", "1"]
+    command = [sys.executable, ROOT / "tests/compare.py", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not any(f.read_text().count("\n") > 20 for f in out.glob("runs/0/*/rf/*/metrics/loss.jsonl")):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "the same command continues" in printed
+    (run,) = out.glob("runs/*/*/rf/*")
+    assert len([*run.glob("checkpoints/*.pt")]) == 1  # it has saved
+
+    compare.main(words)
+    assert ", continuing after step" in (run / "run.out").read_text()
+    compare.main([*words[:-1], "2"])  # a second seed
+    assert [len([*out.glob(f"runs/{c}/seed_{s}/rf/*")]) for c in "01" for s in "01"] == [1, 1, 1, 1]
+    results = json.loads((out / "results.json").read_text())
+    first, second = results["cells"].values()
+    for metric, *_ in compare.METRICS:
+        assert [first[s][metric] for s in "01"] == [second[s][metric] for s in "01"], metric
+    assert first["0"]["held-out loss"] != first["1"]["held-out loss"]
+    assert first["0"]["steps"] == 300 and len(first["0"]["curve"]) == 2
+    printed = capsys.readouterr().out
+    assert re.search(r"2 seeds show differences above [\d.]+ in 8 of 10 cases", printed)
+    assert printed.count("no difference larger than 0 |") == 6
+    assert Image.open(out / "figure.png").width > 1000
+    config = results["config"]
+    flop = compare.probe(script, config)[1]
+    assert flop == pytest.approx(flop_by_hand(config), rel=0.1)
+
+    script.write_text(script.read_text() + "# edited\n")
+    with pytest.raises(UserError, match="compares other code, flags or samples"):
+        compare.main(words)
+
+    # The record: of MNIST, five seeds and 1,000 samples.
+    with pytest.raises(UserError, match="the record is MNIST's"):
+        compare.main(["--record", str(out)])
+    results |= {"dataset": "mnist", "seeds": 5, "num_samples": 1000}
+    cell = first["0"] | {"label accuracy": 0.995}
+    good, bad = (
+        {str(s): cell | {"FD ratio": fd + s / 100, "seconds": t} for s in range(5)}
+        for fd, t in ((1.5, 60), (1.99, 30))
+    )
+    results["cells"] = dict(zip(results["cells"], (good, bad), strict=True))
+    (out / "results.json").write_text(json.dumps(results))
+    compare.main(["--record", str(out)])
+    *_, one, two = capsys.readouterr().out.splitlines()
+    assert "| 1.00 ± 0.00 | 1.0 | " in one and "99.50%" in one and one.endswith("|")
+    assert "| 0.50 ± 0.00 | 0.5 | " in two and two.endswith("target not reached")
+    (out / "code/0/idea.py").write_text("")
+    with pytest.raises(UserError, match="is not the code that was compared"):
+        compare.main(["--record", str(out)])
+
+
+def flop_by_hand(config):
+    """FLOP of a training step per image, by hand: products of the DiT, three times (forward and backward)."""
+    dim, tokens, hidden = config["dim"], (config["shape"][1] // config["patch"]) ** 2, 4 * config["dim"]
+    pixels = config["shape"][0] * config["patch"] ** 2
+    block = 2 * tokens * (4 * dim * dim + 2 * dim * hidden) + 2 * 2 * tokens * tokens * dim
+    once = 2 * (256 * dim + dim * dim + (len(config["classes"]) + 1) * dim + 6 * dim * dim + 2 * dim * dim)
+    return 3 * (config["depth"] * block + once + 2 * 2 * tokens * pixels * dim)
