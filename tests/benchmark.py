@@ -81,7 +81,7 @@ def ours(script, cfg, device, dtype, use_compile):
         for module in blocks if use_compile else []:
             module.compile(dynamic=False)
         if script is ddpm:
-            optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.99), weight_decay=0, fused=True)
+            optimizer = script.make_optimizer(model, cfg)
         else:
             fast = torch.bfloat16 if common.supports_bf16(device) else torch.float32
             optimizer = script.make_optimizer(model, cfg, fast)
@@ -98,7 +98,7 @@ def ours(script, cfg, device, dtype, use_compile):
             eps, noise = torch.randn(2, cfg.bs, *cfg.shape, generator=generator, device=device)
             x0, y = batches(step, noise) if script is ld else batches(step)
             u = torch.rand(2, cfg.bs, generator=generator, device=device)
-            t = (u[0] * 1000).floor().add(1) / 1000 if script is ddpm else script.sample_t(u[0], cfg)
+            t = script.sample_t(u[0], cfg)
             drop = (u[1] < cfg.class_dropout).view(-1, *[1] * (y.ndim - 1))
             y = torch.where(drop, script.null(y, cfg), y)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

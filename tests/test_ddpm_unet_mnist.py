@@ -227,6 +227,76 @@ def test_clipping_keeps_estimates_in_range():
         assert [v.max().item() for v in (*trajectory, x0)] == [top] * 21
 
 
+def test_times():
+    """Each in its own part of the batch; of all timesteps, 1 to T, one is as frequent as another."""
+    for T, n in ((1000, 48), (7, 7), (3, 5000)):
+        for u in (torch.zeros(n), torch.rand(n), torch.ones(n) - 2**-24):
+            k = ddpm.sample_t(u, Config(timesteps=T)) * T
+            torch.testing.assert_close(k, k.round(), rtol=0, atol=1e-3)
+            share = (k.round() - torch.arange(n) * T / n) / (T / n)  # rounded up to whole timesteps
+            assert share.min() >= 0 and share.max() <= 1 + n / T + 1e-3
+            assert k.min() > 0.5 and k.max() < T + 0.5
+    counts = torch.cat([ddpm.sample_t(torch.rand(48), Config()) for _ in range(2000)]).mul(1000).round()
+    counts = counts.long().bincount(minlength=1001)[1:].float()
+    assert counts.mean() == 96 and (counts - 96).square().mean() < 1.3 * 96  # of independent ones, 96
+
+
+# ------------------------------------------------------------------------------------------------
+# Optimizer
+
+
+def test_newton_schulz():
+    for rows, columns in ((16, 16), (12, 90), (40, 24)):
+        u, _, vh = torch.linalg.svd(torch.randn(rows, columns), full_matrices=False)
+        x = ddpm.newton_schulz(u * torch.linspace(0.05, 1, u.shape[-1]) @ vh)  # a known, wide spectrum
+        spectrum = u.mT @ x @ vh.mT  # diagonal, as the singular vectors stay
+        assert 0.72 < spectrum.diagonal().min() and spectrum.diagonal().max() < 1.28
+        assert (spectrum - spectrum.diagonal().diag()).abs().max() < 1e-3
+    one = torch.randn(64, 1) @ torch.randn(1, 64)  # its singular value is the norm
+    assert 0.7 < torch.linalg.matrix_norm(ddpm.newton_schulz(one), 2) < 1.3
+    assert torch.equal(ddpm.newton_schulz(torch.zeros(4, 8)), torch.zeros(4, 8))
+
+
+def test_muon_is_that_of_pytorch(monkeypatch):
+    """Of kernels as matrices, but for how far each makes them orthogonal: here, both go all the way."""
+
+    def exact(g):
+        u, _, vh = torch.linalg.svd(g.float(), full_matrices=False)
+        return u @ vh
+
+    monkeypatch.setattr(ddpm, "newton_schulz", exact)
+    ours = [torch.nn.Parameter(torch.randn(16, 8, 3, 3).contiguous(memory_format=torch.channels_last))]
+    theirs = [torch.nn.Parameter(ours[0].detach().flatten(1).clone())]
+    mine = ddpm.Muon([{"params": ours, "momentum": 0.95, "weight_decay": 0.1}], lr=0.02, fused=True)
+    mine.found_inf = torch.zeros(())
+    converging = {"ns_coefficients": (15 / 8, -10 / 8, 3 / 8), "ns_steps": 40}
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, **converging)
+    for _ in range(5):
+        ours[0].grad = torch.randn_like(ours[0])
+        theirs[0].grad = ours[0].grad.flatten(1)
+        mine.step()
+        reference.step()
+    torch.testing.assert_close(ours[0].flatten(1), theirs[0], rtol=0, atol=1e-3)  # theirs is in bfloat16
+
+
+def test_a_bad_step_changes_nothing_and_kernels_have_muon():
+    cfg = Config(width=8, attention=(14,))
+    model = ddpm.build_model(cfg)
+    optimizer = ddpm.make_optimizer(model, cfg)
+    for bad in (False, True):
+        before = [p.detach().clone() for p in model.parameters()]
+        for p in model.parameters():
+            p.grad = torch.full_like(p, float("nan")) if bad else torch.randn_like(p)
+        optimizer.found_inf = torch.tensor(float(bad))
+        optimizer.step()
+        moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+        assert not any(moved) if bad else all(moved)
+    assert all(v.isfinite().all() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v))
+    kernels = {id(p) for p in optimizer.param_groups[0]["params"]}
+    blocks = [m for m in model.modules() if isinstance(m, ddpm.ResBlock)]
+    assert kernels == {id(c.weight) for b in blocks for c in (b.conv1, b.conv2)} and len(blocks) == 7
+
+
 # ------------------------------------------------------------------------------------------------
 # Training, in this process
 
@@ -290,8 +360,12 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch
     assert [x["step"] for x in lines(run)] == list(range(1, 11))
     state = common.newest_checkpoint(run)
     assert all(v.isfinite().all() for v in [*state["model"].values(), *state["ema"].values()])
-    assert state["skipped"] == 3 and state["optimizer"]["state"][0]["step"] == 7
-    assert state["optimizer"]["state"][0]["exp_avg_sq"].isfinite().all()
+    muon, adamw = (
+        [state["optimizer"]["state"][i] for i in g["params"]] for g in state["optimizer"]["param_groups"][:2]
+    )
+    assert state["skipped"] == 3 and {int(x["step"]) for x in adamw} == {7}
+    assert all(x["exp_avg_sq"].isfinite().all() for x in adamw)
+    assert all(x["momentum"].isfinite().all() for x in muon)
 
 
 def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch, capsys):
@@ -482,7 +556,7 @@ def test_sample_and_resume_of_a_finished_run(whole, script):
     p = script(NAME, "--resume", run, "--lr", 1)
     assert (
         p.returncode == 2
-        and p.err.startswith(f"error: --lr is 1.0, but 0.002 in {run}; leave it out")
+        and p.err.startswith(f"error: --lr is 1.0, but 0.004 in {run}; leave it out")
         and p.err.count("\n") == 1
     )
 
@@ -549,7 +623,8 @@ def test_damaged_newest_checkpoint(whole, tmp_path, monkeypatch, capsys, damage,
     if damage == "truncated":
         bad.write_bytes(data[: len(data) // 2])
     elif damage == "flipped":
-        data[len(data) // 2] ^= 1  # one bit, in some weight
+        weight = common.load_checkpoint(bad)["ema"]["mid.0.emb.weight"]
+        data[data.index(weight.numpy().tobytes()) + 100] ^= 1  # one bit
         bad.write_bytes(data)
     elif damage == "empty":
         bad.write_bytes(b"")
@@ -585,10 +660,10 @@ def test_edited_run_yaml_is_noticed(whole, tmp_path, monkeypatch, capsys):
     run = tmp_path / "logs" / "ddpm" / "copy"
     shutil.copytree(whole[0], run)
     text = (run / "run.yaml").read_text()
-    (run / "run.yaml").write_text(text.replace("lr: 0.002", "lr: 0.003"))
+    (run / "run.yaml").write_text(text.replace(" lr: 0.004", " lr: 0.003"))
     with pytest.raises(SystemExit) as e:
         train(tmp_path, monkeypatch, "--resume", run)
-    assert e.value.code == 2 and f"--lr is 0.003, but 0.002 in {run};" in capsys.readouterr().err
+    assert e.value.code == 2 and f"--lr is 0.003, but 0.004 in {run};" in capsys.readouterr().err
     assert len(lines(run)) == 60
 
 
@@ -629,6 +704,6 @@ def test_two_processes_train_as_one(whole, script, tmp_path):
     assert p.returncode == 0, p.err
     run = newest_run(tmp_path)
     got, want = ([x["loss"] for x in lines(r)] for r in (run, whole[0]))
-    assert got == pytest.approx(want, rel=2e-3) and got[:5] == pytest.approx(want[:5], rel=1e-5)
+    assert got == pytest.approx(want, rel=0.01) and got[:5] == pytest.approx(want[:5], rel=1e-5)
     assert len(list((tmp_path / "logs/ddpm").iterdir())) == 1
     assert lines(run, "val")[-1]["loss"] == pytest.approx(lines(whole[0], "val")[-1]["loss"], rel=2e-3)
