@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 import quality
 from PIL import Image
 
+import common
+import rf_dit_cifar
 from common import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +57,17 @@ def test_arguments_are_ours_or_the_trainers():
     assert (files, variants) == (["a.py"], ["--lr 1", "--lr 2 --wd 3"])
     assert ours == ["--seeds", "3", "--num-samples=50"]
     assert theirs == ["--minutes", "2", "--optimizer", "adamw"]
+
+
+def test_commands_in_the_readme():
+    commands = re.findall(r"^python tests/compare.py (.*)", (ROOT / "README.md").read_text(), re.M)
+    assert len(commands) == 3
+    for command in commands:
+        files, ours, theirs, variants = compare.split_arguments(shlex.split(command))
+        flags = common.parse(compare.Config, "", ours)
+        assert files[0] == "rf_dit_cifar.py" and (len(files) > 1) != (len(variants) > 1) and flags.seeds == 5
+        for v in variants or [""]:
+            common.parse(rf_dit_cifar.Config, "", [*theirs, *v.split()])
 
 
 @pytest.mark.parametrize(
