@@ -21,6 +21,20 @@ import common  # noqa: E402
 TINY = "--width 8 --mults 1 2 --bs 8 --sampling-steps 4 --num-samples 10 --image-size 16".split()
 TINY += "--compile off --dtype float32".split()
 
+
+def assert_a_bad_step_changes_nothing(model, optimizer):
+    """A step that is not finite leaves all weights and states, as found_inf says so; one before moves all."""
+    for bad in (False, True):
+        before = [p.detach().clone() for p in model.parameters()]
+        for p in model.parameters():
+            p.grad = torch.full_like(p, float("nan")) if bad else torch.randn_like(p)
+        optimizer.found_inf = torch.tensor(float(bad))
+        optimizer.step()
+        moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+        assert not any(moved) if bad else all(moved)
+    assert all(v.isfinite().all() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v))
+
+
 load = common.load_dataset
 draw = functools.cache(load)
 

@@ -60,10 +60,12 @@ def test_arguments_are_ours_or_the_trainers():
 
 
 def test_commands_in_the_readme():
-    commands = re.findall(r"^python tests/compare.py (.*)", (ROOT / "README.md").read_text(), re.M)
-    assert len(commands) == 3
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^python tests/compare.py (.*) \$laptop$", text, re.M)
+    laptop = shlex.split(re.search(r'^laptop="(.*)"', text, re.M)[1])
+    assert len(commands) == text.count("python tests/compare.py") == 3
     for command in commands:
-        files, ours, theirs, variants = compare.split_arguments(shlex.split(command))
+        files, ours, theirs, variants = compare.split_arguments([*shlex.split(command), *laptop])
         flags = common.parse(compare.Config, "", ours)
         assert files[0] == "rf_dit_cifar.py" and (len(files) > 1) != (len(variants) > 1) and flags.seeds == 5
         for v in variants or [""]:

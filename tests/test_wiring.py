@@ -227,6 +227,24 @@ def test_samplers_start_at_the_noise_of_the_path_and_say_where_steps_go(script, 
     assert calls[0][1:] == (1, 0.75) and calls[-1][2] == 0 and (0.5, 0.25) in [c[1:] for c in calls]
 
 
+@every_script
+def test_each_group_has_its_learning_rate_warmed_up_and_decayed(script, train, monkeypatch):
+    """In every step: Muon's matrices --muon-lr, the others --lr, times warmup and what is left of the run."""
+    used, original = [], script.Muon.step
+
+    def step(self):
+        used.append([g["lr"] for g in self.param_groups])
+        assert ["momentum" in g for g in self.param_groups] == [True, False, False]
+        return original(self)
+
+    monkeypatch.setattr(script.Muon, "step", step)
+    run = train(script, "--steps", 10, "--eval-every", 0, "--lr", 0.003, "--muon-lr", 0.05)
+    scale = [min(1, (i + 1) / 6) * (1 - i / 10) for i in range(10)]
+    want = [[0.05 * x, 0.003 * x, 0.003 * x] for x in scale]
+    np.testing.assert_allclose(used, want, rtol=1e-9)
+    assert [x["lr"] for x in lines(run)] == pytest.approx([0.003 * x for x in scale])
+
+
 # ---- what never happens
 
 
