@@ -125,11 +125,11 @@ def make_contenders(files, variants, folder):
             done = subprocess.run(command, cwd=code, input=text, text=True, capture_output=True)
             require(not done.returncode, f"{file} does not apply to {script} ({first_line(done.stdout)})")
         about = {"name": name, "flags": flags, "code": code.name, "script": script.name}
-        contenders.append(about | {"hash": hash_of(code)})
+        contenders.append(about | {"hash": code_hash(code)})
     return contenders
 
 
-def hash_of(code):
+def code_hash(code):
     """Of the scripts in a folder."""
     return derive_seed(*(f.read_text() for f in sorted(code.glob("*.py"))))
 
@@ -159,13 +159,15 @@ def call(command, what):
 
 
 def trial(folder, contender, theirs):
-    """Trains for two steps, not compiled -> the run's Config as a dict. Raises UserError."""
+    """Trains for two steps, not compiled -> the run's Config and dataset as dicts. Raises UserError."""
     home, script = folder / "trial", folder / "code" / contender["code"] / contender["script"]
     shutil.rmtree(home, ignore_errors=True)
     flags = [*TRAIN, *theirs, *contender["flags"], "--steps=2", "--minutes=0", "--compile=off"]
     call([sys.executable, script, *flags, f"--out={home}"], f"{contender['name']} does not train")
-    (run,) = home.glob("*/*/run.yaml")
-    return yaml.safe_load(run.read_text())["config"]
+    (run,) = (f.parent for f in home.glob("*/*/run.yaml"))
+    require((run / "metrics/val.jsonl").exists(), "the held-out loss is needed; leave out --eval-every 0")
+    facts = yaml.safe_load((run / "run.yaml").read_text())
+    return facts["config"], facts["dataset"]
 
 
 class Output(torch.nn.Module):
@@ -188,22 +190,30 @@ def probe(file, config):
     cfg = script.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
     x0, eps = torch.randn(2, 4, *script.sample_shape(cfg), generator=torch.Generator().manual_seed(0))
     t, losses, flop = torch.tensor([0.1, 0.4, 0.7, 0.9]), None, None
+
+    def loss(f):
+        torch.manual_seed(0)  # it may draw
+        return script.loss_per_sample(Output(f).eval(), x0, y, t, eps, cfg)
+
     with contextlib.suppress(Exception):  # the code is anyone's
         y = script.conditions([], cfg)[:1].repeat_interleave(4, 0)
-        networks = [Output(f).eval() for f in (torch.zeros_like, torch.clone, torch.square)]
-        losses = torch.stack([script.loss_per_sample(f, x0, y, t, eps, cfg) for f in networks])
-    with contextlib.suppress(Exception), FlopCounterMode(display=False) as counter:
+        losses = torch.stack([loss(f) for f in (torch.zeros_like, torch.clone, torch.square)])
+    # Only of attention in PyTorch's own operations, the counter knows the products on a CPU.
+    by_hand = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with contextlib.suppress(Exception), by_hand, FlopCounterMode(display=False) as counter:
         script.loss_per_sample(script.build_model(cfg), x0, y, t, eps, cfg).mean().backward()
         flop = counter.get_total_flops() / 4
     return losses, flop
 
 
 def try_all(folder, contenders, theirs):
-    """Tries each for two steps -> ([those that train], Config of the baseline). Raises UserError."""
-    kept, reference, config = [], None, None
+    """Tries each for two steps -> ([those that train], Config of the baseline, dataset). Raises UserError."""
+    kept, reference, config, dataset = [], None, None, None
     for c in contenders:
         try:
-            cfg = trial(folder, c, theirs)
+            cfg, data = trial(folder, c, theirs)
+            dataset = data if dataset is None else dataset
+            require(data == dataset, f"{c['name']} trains on other images or classes")
         except (UserError, Diverged) as e:
             if not kept or len(contenders) == 2:
                 raise UserError(str(e)) from None
@@ -215,7 +225,7 @@ def try_all(folder, contenders, theirs):
         same = not kept or bool(known and torch.allclose(losses, reference))
         kept.append(c | {"same loss": same, "flop": flop, "bs": cfg["bs"]})
     require(len(kept) > 1 or len(contenders) == 1, "only the baseline trains; see the notes")
-    return kept, config
+    return kept, config, dataset
 
 
 # ------------------------------------------------------------------------------------------------
@@ -225,6 +235,8 @@ def try_all(folder, contenders, theirs):
 def train(folder, contender, seed, theirs):
     """Trains, or continues -> the run's folder."""
     home = folder / "runs" / contender["code"] / f"seed_{seed}"
+    if not [*home.glob("*/*/checkpoints/step_*.pt")]:  # killed before it could save
+        shutil.rmtree(home, ignore_errors=True)
     runs = [f.parent for f in home.glob("*/*/run.yaml")]
     flags = [*TRAIN, *theirs, *contender["flags"], f"--seed={seed}", f"--out={home}"]
     if not runs or not re.search("^done ", (runs[0] / "run.out").read_text(), re.M):
@@ -235,14 +247,17 @@ def train(folder, contender, seed, theirs):
     return run
 
 
-def read_run(run):
-    """A finished run -> {steps, images/s, seconds, startup, held-out loss, curve, ...}."""
+def read_run(run, dataset):
+    """A finished run of this dataset -> {steps, images/s, seconds, startup, held-out loss, curve, ...}."""
     facts, out = yaml.safe_load((run / "run.yaml").read_text()), (run / "run.out").read_text()
     lines, val = (
         [json.loads(x) for x in (run / "metrics" / f"{name}.jsonl").read_text().splitlines()]
         for name in ("loss", "val")
     )
     at, last = {x["step"]: x["seconds"] for x in lines}, lines[-1]
+    require(
+        facts["dataset"] == dataset, f"{run} was trained on other images than the first; set another --out"
+    )
     if val[-1]["loss"] is None:
         raise Diverged("the held-out loss is not finite")
     startup = re.findall(r"startup ([\d.]+) s", out)[-1]
@@ -252,11 +267,11 @@ def read_run(run):
     return cell | {k: facts[k] for k in ("commit", "device", "versions")}
 
 
-class Judge:
+class Evaluator:
     """evaluate(.npz) -> {metric: value}, as tests/quality.py does; reads dataset and classifier once."""
 
-    def __init__(self, config, cache):
-        self.config, self.cache, self.model = config, cache, None
+    def __init__(self, config, dataset, cache):
+        self.config, self.dataset, self.cache, self.model = config, dataset, cache, None
 
     def load(self, images, labels):
         """Classifier, features of the test images, and FD of real images, in place of these samples."""
@@ -294,7 +309,7 @@ class Judge:
         return cell
 
 
-def make_cell(folder, contender, seed, flags, theirs, judge):
+def make_cell(folder, contender, seed, flags, theirs, evaluator):
     """Trains, samples and evaluates a contender with a seed, or reads what is there -> {metric: value}."""
     file = folder / "cells" / contender["code"] / f"seed_{seed}.json"
     if file.exists():
@@ -303,11 +318,11 @@ def make_cell(folder, contender, seed, flags, theirs, judge):
     samples.mkdir(parents=True, exist_ok=True)
     try:
         run = train(folder, contender, seed, theirs)
-        command = [sys.executable, ROOT / "ddim_sample.py", run, *shlex.split(flags.sample), "--npz"]
-        command += ["--frames=0", f"--num-samples={flags.num_samples}", f"--out={samples}"]
+        command = [sys.executable, ROOT / "ddim_sample.py", run, f"--seed={seed}", *shlex.split(flags.sample)]
+        command += ["--npz", "--frames=0", f"--num-samples={flags.num_samples}", f"--out={samples}"]
         call(command, f"samples of {contender['name']}, seed {seed}")
         (npz,) = samples.glob("*.npz")
-        cell = read_run(run) | judge.evaluate(npz)
+        cell = read_run(run, evaluator.dataset) | evaluator.evaluate(npz)
     except Diverged as e:
         cell = {"failed": str(e)}
     common.write_atomically(file, lambda f: f.write(json.dumps(cell).encode()))
@@ -321,8 +336,8 @@ def make_cell(folder, contender, seed, flags, theirs, judge):
 def paired(a, b):
     """Values of two contenders [n] by seed -> (mean of b - a, its 95% interval, p, number above 0)."""
     d = np.subtract(b, a)
-    if len(d) < 2 or np.ptp(d) == 0:
-        width = 0.0 if len(d) > 1 else math.inf
+    if len(d) < 2 or np.ptp(d) == 0:  # equal differences that are not 0 were rounded: unknown
+        width = 0.0 if len(d) > 1 and not d.any() else math.inf
         return d.mean(), (d.mean() - width, d.mean() + width), math.nan, (d > 0).sum()
     test = scipy.stats.ttest_1samp(d, 0)
     return d.mean(), tuple(test.confidence_interval(0.95)), test.pvalue, (d > 0).sum()
@@ -341,7 +356,7 @@ def detectable(sd, n, power=0.8):
 def verdict(mean, low, high, more_is_better):
     if low <= 0 <= high:
         largest = max(abs(low), high)
-        return f"no difference larger than {largest:.2g}" if math.isfinite(largest) else "one seed: unknown"
+        return f"no difference larger than {largest:.2g}" if math.isfinite(largest) else "unknown"
     return "better" if (mean > 0) == more_is_better else "worse"
 
 
@@ -378,6 +393,7 @@ def report(contenders, cells):
     lines += ["|---|---|---|---|---|---|"]
     for c in others:
         both = sorted({*done[c["name"]]} & {*done[head["name"]]})
+        lost = sum(n == c["name"] for n, _ in cells) - len(both)
         for metric, more, digits in there if both else []:
             if metric == "held-out loss" and not c["same loss"]:
                 continue
@@ -385,7 +401,9 @@ def report(contenders, cells):
             mean, (low, high), p, above = paired(*values)
             numbers = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] | {p:.2g}"
             seeds = f"{above} of {len(both)} higher"
-            row = [f"`{c['name']}`", metric, numbers, seeds, verdict(mean, low, high, more)]
+            text = f"failed in {lost} of {lost + len(both)} seeds" if lost else ""
+            text = text or verdict(mean, low, high, more)
+            row = [f"`{c['name']}`", metric, numbers, seeds, text]
             lines += ["| " + " | ".join(row) + " |"]
     count = len(lines) - lines.index("|---|---|---|---|---|---|") - 1
     text = f"Of {count} differences that are none, one in twenty has p < 0.05; for all together,"
@@ -403,9 +421,9 @@ def draw_figure(file, contenders, cells):
     names, seeds = [c["name"] for c in contenders], sorted({s for _, s in cells})
     for i, c in enumerate(contenders):
         curves = [cells[c["name"], s].get("curve", []) for s in seeds]
-        for curve in curves if c["same loss"] else []:
-            left.plot([s for s, _ in curve], [loss for _, loss in curve], f"C{i}", lw=1)
-        left.plot([], [], f"C{i}", label=c["name"])
+        for n, curve in enumerate(curves if c["same loss"] else []):
+            label = c["name"] if n == 0 else None
+            left.plot([s for s, _ in curve], [loss for _, loss in curve], f"C{i}", lw=1, label=label)
     for s in seeds:
         right.plot(names, [cells[n, s].get("FD ratio", math.nan) for n in names], "o-k", lw=0.5, ms=4)
     left.set(xlabel="seconds of training", ylabel="held-out loss", yscale="log")
@@ -429,7 +447,8 @@ def record(folder):
     except (OSError, ValueError) as e:
         raise UserError(f"{folder} has no readable results.json ({first_line(e)}); finish it first") from None
     head, n = about["contenders"][0]["name"], TARGET["seeds"]
-    require(about["dataset"] == "mnist", f"the record is MNIST's, and {folder} is of {about['dataset']}")
+    name = about["config"]["dataset"]
+    require(name == "mnist", f"the record is MNIST's, and {folder} is of {name}")
     enough = about["seeds"] >= n and about["num_samples"] == TARGET["num_samples"]
     require(enough, f"a record needs --seeds {n} --num-samples {TARGET['num_samples']}; run it again so")
     titles = "training time / first row's|minutes|PFLOP|label accuracy|FD ratio|p|contender|log|date".split(
@@ -438,11 +457,13 @@ def record(folder):
     print0("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
     for c in about["contenders"]:
         name, code = c["name"], folder / "code" / c["code"]
-        require(hash_of(code) == c["hash"], f"{code} is not the code that was compared; restore it")
+        require(code_hash(code) == c["hash"], f"{code} is not the code that was compared; restore it")
         mine, first = ([about["cells"][k][str(s)] for s in range(n)] for k in (name, head))
         require(all("FD" in x for x in mine + first), f"of {name} or {head}, a run failed: no record")
-        judges = {x["classifier"] for x in mine + first}
-        require(len(judges) == 1, f"{folder} was evaluated by several classifiers: {', '.join(judges)}")
+        classifiers = {x["classifier"] for x in mine + first}
+        require(
+            len(classifiers) == 1, f"{folder} was evaluated by several classifiers: {', '.join(classifiers)}"
+        )
         fd, accuracy = ([x[k] for x in mine] for k in ("FD ratio", "label accuracy"))
         # p: how often the mean of five seeds would be as low if the expected one were at the target
         p = scipy.stats.ttest_1samp(fd, TARGET["FD ratio"], alternative="less").pvalue
@@ -450,7 +471,7 @@ def record(folder):
         seconds, steps = (np.mean([x[k] for x in mine]) for k in ("seconds", "steps"))
         pflop = f"{steps * c['bs'] * c['flop'] / 1e15:.2f}" if c["flop"] else "?"
         row = [spread(ratio, 2), f"{seconds / 60:.1f}", pflop, f"{np.mean(accuracy):.2%}", spread(fd, 2)]
-        row += [f"{p:.2g}", f"`{name}`", f"`{folder}`, {judges.pop()}", about["date"]]
+        row += [f"{p:.2g}", f"`{name}`", f"`{folder}`, {classifiers.pop()}", about["date"]]
         reached = np.mean(fd) <= TARGET["FD ratio"] and np.mean(accuracy) >= TARGET["label accuracy"]
         print0("| " + " | ".join(row) + " |" + " target not reached" * (not reached))
 
@@ -462,27 +483,33 @@ def compare(files, flags, theirs, variants, new):
     """The whole comparison; `new` is a folder for what is not yet known to work."""
     asked = make_contenders(files, variants, new / "code")
     key = {"asked": asked, "theirs": theirs, "sample": flags.sample, "num_samples": flags.num_samples}
+    key["tools"] = derive_seed(*((ROOT / f).read_text() for f in ("ddim_sample.py", "tests/quality.py")))
     name = re.sub(r"\W+", "_", "_".join(c["name"] for c in asked)).strip("_")
     folder = Path(flags.out or f"logs/compare/{name[:60]}_{derive_seed(key) % 16**8:08x}")
     if (folder / "about.json").exists():
         about = json.loads((folder / "about.json").read_text())
         same = {k: about[k] for k in key} == key
-        require(same, f"{folder} compares other code, flags or samples; set another --out")
+        require(same, f"{folder} compares other code, flags, samples or metrics; set another --out")
     else:
-        contenders, config = try_all(new, asked, theirs)
-        about = key | {"contenders": contenders, "config": config, "dataset": config["dataset"]}
+        contenders, config, dataset = try_all(new, asked, theirs)
+        about = key | {"contenders": contenders, "config": config, "dataset": dataset}
         folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder / "code", ignore_errors=True)  # of a process killed right here
         os.rename(new / "code", folder / "code")
         text = json.dumps(about, indent=1)
         common.write_atomically(folder / "about.json", lambda f: f.write(text.encode()))
     print0(f"folder  {folder}")
-    contenders, judge, cells = about["contenders"], Judge(about["config"], flags.cache), {}
+    contenders, evaluator, cells = (
+        about["contenders"],
+        Evaluator(about["config"], about["dataset"], flags.cache),
+        {},
+    )
     with open(folder / "lock", "a") as file:
         require(common.lock(file), f"{folder} is in use by another process; wait for it, or set --out")
         for seed in range(flags.seeds):
             turn = seed % len(contenders)
             for c in contenders[turn:] + contenders[:turn]:
-                cell = cells[c["name"], seed] = make_cell(folder, c, seed, flags, theirs, judge)
+                cell = cells[c["name"], seed] = make_cell(folder, c, seed, flags, theirs, evaluator)
                 text = cell.get("failed") or f"FD ratio {cell['FD ratio']:.3f}, {cell['steps']:,} steps"
                 print0(f"seed {seed}  {c['name']}: {text}")
             head = contenders[0]["name"]
@@ -505,7 +532,7 @@ def main(argv):
     common.require_range(flags, "seeds", 1)
     common.require_range(flags, "num_samples", quality.FEWEST)
     new = Path(flags.out or "logs/compare") / f".new_{os.getpid()}"
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     try:
         compare(files, flags, theirs, variants, new)

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_ddim_sample
+import test_faults
 import torch
 from PIL import Image
 from test_ddim_sample import GAUSSIAN, PATHS, arrays, exact, last, main, order, transported  # noqa: F401
@@ -32,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 # The most lines that each may change. A hunk counts as its added or its removed lines, whichever are more.
 BUDGETS = {"ot": 6, "xpred": 14, "selfcond": 21, "convnext": 21, "lion": 20, "meanflow": 60, "edm": 51}
 FORKS = tuple(BUDGETS)  # those of rf_dit_cifar.py that the tests for all of them train
-BUDGETS |= {"attributes": 9, "inpaint": 37, "deis": 22}
+BUDGETS |= {"attributes": 9, "inpaint": 37, "deis": 22, "onestep": 150}
 every_fork = pytest.mark.parametrize("name", FORKS)
 
 
@@ -70,6 +71,9 @@ def train(tmp_path, monkeypatch):
 
     def train(script, *flags, status=0):
         heads = ["--heads", 2] * hasattr(script.Config, "heads")
+        if not hasattr(script.Config, "sampling_steps"):
+            kept = [x for x in test_faults.TINY if x not in ("--sampling-steps", "4")]
+            monkeypatch.setattr(test_faults, "TINY", kept)
         monkeypatch.setitem(
             SMALL, script, [*"--dim 32 --depth 1 --patch 4 --warmup 0".split(), *map(str, heads)]
         )
@@ -200,13 +204,15 @@ def test_the_network_with_the_least_loss_gives_the_image_and_its_noise(name, for
             torch.testing.assert_close(torch.stack(got), torch.stack([x0, eps]), rtol=1e-3, atol=1e-3)
 
 
-@every_fork
+@pytest.mark.parametrize("name", [*FORKS, "onestep"])
 def test_compiled_runs_resume_bit_for_bit(name, fork, train, monkeypatch, two_threads):
     """Stopped by a signal after step 6, and again when continued from step 2."""
-    script = fork(name)
+    script, rf = fork(name), ROOT / "rf_dit_cifar.py"
+    teacher = train(load("teacher", rf), "--dim", 128, "--steps", 1) if name == "onestep" else None
     torch._dynamo.reset()  # forgets what other tests compiled; after eight graphs it gives up
     torch._dynamo.utils.counters.clear()
     flags = "--dim 128 --bs 64 --steps 500 --save-every 2 --keep 9 --compile auto".split()
+    flags += ["--teacher", teacher] if teacher else []
 
     def stopped(*more):
         with monkeypatch.context() as m:
@@ -214,6 +220,8 @@ def test_compiled_runs_resume_bit_for_bit(name, fork, train, monkeypatch, two_th
             return train(script, *more, status=common.EXIT_PREEMPTED)
 
     run = stopped(*flags)
+    if teacher:  # it is in the checkpoint
+        shutil.rmtree(teacher)
     whole, before = weights(run), losses(run)
     assert whole[0] == len(before) == 6 and torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     stopped("--resume", run / "checkpoints/step_00000002.pt")
@@ -564,3 +572,139 @@ def test_deis_is_a_flag(fork, train, main, monkeypatch):  # noqa: F811
     run = train(load("rf_of_deis", ROOT / "rf_dit_cifar.py"), "--steps", 1)
     monkeypatch.setattr(test_ddim_sample, "d", fork("deis"))  # of main()
     assert "NFE 17 network passes per sample" in main(run, "--solver", "deis", "--num-samples", 2)
+
+
+@pytest.fixture
+def distilled(fork, train):
+    """(the script, a run of one step, its teacher: a network with random weights)."""
+    script, rf = fork("onestep"), load("rf_of_onestep", ROOT / "rf_dit_cifar.py")
+    run = train(rf, "--steps", 1, "--class-dropout", 0.2)
+    cfg, model = tiny(rf, heads=2)
+    file = run / "checkpoints/step_00000001.pt"
+    torch.save(common.load_checkpoint(file) | {"ema": model.state_dict()}, file)
+    return script, train(script, "--teacher", run, "--bs", 6, "--steps", 1), model
+
+
+def test_onestep_begins_with_its_teacher_and_its_flags(distilled):
+    """And the loss of the first step is that of the teacher for images that it draws itself."""
+    script, run, teacher = distilled
+    state = common.newest_checkpoint(run)
+    assert state["config"]["dataset"] == "digits" and state["config"]["class_dropout"] == 0.2
+    _, y = common.Batches(common.load_dataset("digits", image_size=16), 6, 0, "cpu")(0)
+    generator = torch.Generator().manual_seed(common.derive_seed(0, "noise", 0))
+    z = torch.randn(6, 1, 16, 16, generator=generator)
+    u = torch.rand(2, 6, generator=generator)
+    y, t = torch.where(u[1] < 0.2, 10, y), (torch.arange(6) + u[0]) / 6
+    torch.manual_seed(common.derive_seed(0, "dropout", 0, 0))
+    noise, at = torch.randn(z.shape), t.view(-1, 1, 1, 1)
+    x0 = (0.75 * z - 0.75 * teacher(0.75 * z, torch.full((6,), 0.75), y)).clamp(-1, 1)
+    assert 0.1 < (x0.abs() < 1).float().mean()
+    want = (teacher((1 - at) * x0 + at * noise, t, y) - (noise - x0)).square().mean()
+    assert losses(run) == [pytest.approx(want.item(), rel=2e-5)]
+    moved = {}
+    for name, p in teacher.state_dict().items():
+        assert torch.equal(state["model"][f"teacher.{name}"], p) and torch.equal(
+            state["ema"][f"teacher.{name}"], p
+        )
+        moved[name] = [(state["model"][f"{net}.{name}"] - p).norm() for net in ("generator", "fake")]
+    ratios = torch.tensor(
+        [g / f for n, (g, f) in moved.items() if "blocks." in n and teacher.get_parameter(n).ndim == 2]
+    )
+    assert all(g > 0 and f > 0 for g, f in moved.values())
+    torch.testing.assert_close(
+        ratios, torch.full_like(ratios, 0.1), rtol=0.3, atol=0
+    )  # Muon's updates: equal norms
+
+
+@pytest.mark.parametrize("w", [1.0, 3.0])
+def test_onestep_moves_images_by_the_difference_of_the_scores(fork, w):
+    """For Gaussian images and a Gaussian teacher, whose scores are known; the condition moves its mean."""
+    script = fork("onestep")
+    cfg, n = script.Config(shape=(1, 3, 3), teacher_guidance=w), 5
+    images = 0.4 * torch.randn(n, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    images[0, 0, 0] = torch.tensor([-1.5, 0.3, 1.5])
+    images.requires_grad_()
+    eps, t, y = torch.randn(n, 1, 3, 3), torch.linspace(0.1, 0.9, n), torch.arange(n)
+
+    def score(x, t, mean, sd):
+        x = x.detach().requires_grad_()
+        t = t.view(-1, 1, 1, 1)
+        density = torch.distributions.Normal((1 - t) * mean, ((1 - t) ** 2 * sd**2 + t**2).sqrt())
+        return torch.autograd.grad(density.log_prob(x).sum(), x)[0]
+
+    def denoised(part, x, t, y):  # Tweedie's formula
+        sigma, mean = t.view(-1, 1, 1, 1), torch.where(y == 10, 0.0, 0.1 * (y + 1.0)).view(-1, 1, 1, 1)
+        s = score(x, t, 0.2, 0.4) if part == "fake" else score(x, t, mean, 0.3)
+        return (x + sigma**2 * s) / (1 - sigma)
+
+    def model(x, t, y, part="generator"):
+        if part == "generator":
+            torch.testing.assert_close((x, t), (0.75 * eps, torch.full((n,), 0.75)))
+            return (x - images) / 0.75
+        with torch.enable_grad():
+            return ((x - denoised(part, x, t, y)) / t.view(-1, 1, 1, 1)).detach()
+
+    torch.manual_seed(1)
+    loss = script.loss_per_sample(model, torch.full_like(eps, math.nan), y, t, eps, cfg)
+    (got,) = torch.autograd.grad(loss.sum(), images)
+    torch.manual_seed(1)
+    noise, at, fake = torch.randn(eps.shape), t.view(-1, 1, 1, 1), images.detach().clamp(-1, 1)
+    x = (1 - at) * fake + at * noise
+    torch.testing.assert_close(loss, squared(model(x, t, y, "fake") - (noise - fake)))
+    real = w * denoised("teacher", x, t, y) + (1 - w) * denoised("teacher", x, t, torch.full_like(y, 10))
+    scale = (fake - real).abs().mean((1, 2, 3), keepdim=True) + 1e-3  # eq. 8
+    want = (denoised("fake", x, t, y) - real) / scale
+    want = torch.where(images.abs() < 1, want, 0.0)
+    torch.testing.assert_close(got, want / 9, rtol=1e-4, atol=1e-5)
+
+
+def test_onestep_draws_without_fork_and_teacher_in_one_step_only(distilled, main, capsys):  # noqa: F811
+    script, run, teacher = distilled
+    file = run / "checkpoints/step_00000001.pt"
+    state = common.load_checkpoint(file)
+    for p in teacher.parameters():
+        nn.init.normal_(p, std=0.15)
+    ema = {k: v * 0 for k, v in state["ema"].items()}
+    ema |= {f"generator.{k}": v for k, v in teacher.state_dict().items()}
+    torch.save(state | {"ema": ema}, file)
+    shutil.rmtree(Path(script.__file__).parent)
+    out = main(run, "--steps", 1, "--num-samples", 3, "--npz", "--frames", 0)
+    assert "NFE 1 network passes per sample\n" in out
+    got, labels, _ = arrays(run / "samples")
+    seeds = [common.derive_seed(0, "sample", i) for i in range(3)]
+    z = torch.stack([torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(i)) for i in seeds])
+    x0 = 0.75 * (z - teacher(0.75 * z, torch.full((3,), 0.75), torch.arange(3)))
+    want = (x0.clamp(-1, 1) * 127.5 + 127.5).round()
+    difference = torch.from_numpy(got).float().squeeze(-1) - want.squeeze(1)
+    assert labels.tolist() == [0, 1, 2] and 0.2 < (want % 255 > 0).float().mean()
+    assert difference.abs().max() <= 1
+    shutil.rmtree(run / "samples")
+    main(run, "--solver", "own", "--num-samples", 3, "--npz", "--frames", 0)
+    assert np.array_equal(arrays(run / "samples")[0], got)
+    for wrong in (["--steps", 2], ["--steps", 1, "--guidance", 2]):
+        with pytest.raises(SystemExit, match="2"):
+            main(run, *wrong, "--num-samples", 2)
+        assert "draws in one step" in capsys.readouterr().err
+
+
+def test_onestep_says_what_is_no_teacher(fork, train, capsys, tmp_path):
+    script, rf = fork("onestep"), load("rf_of_onestep", ROOT / "rf_dit_cifar.py")
+    run = train(rf, "--steps", 1, "--class-dropout", 0, "--guidance", 1)
+    other, wide = tmp_path / "xpred_dit_2026", tmp_path / "rf_dit_wide"
+    shutil.copytree(run, other)
+    shutil.copytree(run, wide)
+    file = wide / "checkpoints/step_00000001.pt"
+    state = common.load_checkpoint(file)
+    torch.save(state | {"ema": state["ema"] | {"y_embed.weight": torch.zeros(32, 3)}}, file)
+    for flags, message in [
+        ([], "--teacher is missing"),
+        (["--teacher", tmp_path / "none"], "is not a run"),
+        (["--teacher", other], "is not a run of rf_dit_cifar.py"),
+        (["--teacher", run, "--depth", 2], "--depth is 2, but 1 in"),
+        (["--teacher", run], "use --teacher-guidance 1"),
+        (["--teacher", run, "--start", 1.5], "at most 1"),
+        (["--teacher", wide, "--teacher-guidance", 1], "has another model or other classes"),
+    ]:
+        train(script, "--steps", 1, *flags, status=2)
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
