@@ -689,6 +689,8 @@ def test_onestep_draws_without_fork_and_teacher_in_one_step_only(distilled, main
 
 def test_onestep_says_what_is_no_teacher(fork, train, capsys, tmp_path):
     script, rf = fork("onestep"), load("rf_of_onestep", ROOT / "rf_dit_cifar.py")
+    command = re.search(r"^python one/rf_dit_cifar.py (.*)$", (ROOT / "README.md").read_text(), re.M)[1]
+    assert common.parse(script.Config, "", command.split()).teacher == "logs/rf/RUN"
     run = train(rf, "--steps", 1, "--class-dropout", 0, "--guidance", 1)
     other, wide = tmp_path / "xpred_dit_2026", tmp_path / "rf_dit_wide"
     shutil.copytree(run, other)
