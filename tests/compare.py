@@ -220,7 +220,7 @@ def try_all(folder, contenders, theirs):
             print0(f"note    left out: {e}")
             continue
         losses, flop = probe(folder / "code" / c["code"] / c["script"], cfg)
-        reference, config = (reference, config) if kept else (losses, cfg)
+        reference, config = (reference, config) if kept else (losses, cfg | {"out": ""})  # a trial's
         known = losses is not None and reference is not None and losses.shape == reference.shape
         same = not kept or bool(known and torch.allclose(losses, reference))
         kept.append(c | {"same loss": same, "flop": flop, "bs": cfg["bs"]})
