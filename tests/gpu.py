@@ -18,6 +18,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads of several runs must not spin as they wait
 import torch
 import torch.nn.functional as F
 import yaml
@@ -178,7 +180,7 @@ def exact(check):
                 compare_devices(check, name, run)
 
     cases = [(name, how) for how in ("off", "on")[: 1 if check.dry else 2] for name in SMALL]
-    with ThreadPoolExecutor(max(2, common.CORES // 2)) as pool:
+    with ThreadPoolExecutor(max(3, common.CORES // 2)) as pool:
         list(pool.map(both, cases))
 
 
