@@ -67,6 +67,19 @@ def test_what_fails_is_counted_and_does_not_end_the_rest(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[1:] == ["b: value 0.1235  FAILED", "c: value 7"]
 
 
+def test_a_failure_is_the_exit_status(tmp_path, monkeypatch):
+    def attention(check):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(gpu, "attention", attention)
+    monkeypatch.setattr(
+        sys, "argv", ["gpu.py", "--dry", "--only", "attention", "--out", str(tmp_path / "found")]
+    )
+    with pytest.raises(SystemExit) as e:
+        gpu.main()
+    assert e.value.code == 1
+
+
 def test_unequal_weights_are_noticed(tmp_path, monkeypatch):
     """A script whose steps after the first are not the same when they are resumed."""
     check = gpu.Check(common.parse(gpu.Config, "", ["--dry"]), tmp_path)
