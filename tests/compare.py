@@ -18,7 +18,7 @@ can be. Which difference so many seeds can show is said from the spread of the b
 baseline alone tells it beforehand.
 
 Interrupted, the same command continues; with more --seeds, it adds to what there is. --record checks a folder
-against the target of MNIST's record (logs/README.md) and prints its rows.
+against the target of MNIST's record (TARGET below) and prints its rows.
 """
 
 import contextlib

@@ -6,7 +6,7 @@
     exact        each script trained whole, and stopped by SIGTERM and resumed: weights equal bit for bit?
                  Samples of the GPU (in TF32) and of a CPU from the same noise
     attention    PyTorch's kernels, forward and backward: time, and are the gradients of five calls equal?
-    speed        rates of products and copies; training steps: images/s, share of that rate, memory, waits
+    speed        matmul and copy rates; training steps: images/s, share of that rate, memory, waits
     train        the README's CIFAR-10 command for --minutes: held-out loss, FD ratio, a grid to look at;
                  50 guided steps of that run in four precisions: images/s, difference from float32
 
@@ -243,7 +243,7 @@ def count_waits(step):
 def speed(check):
     names, on_gpu = ("float32", "TF32", "bfloat16"), check.device.type == "cuda"
     rates = {k: benchmark.matmul_rate(check.device, set_precision(k)) / 1e12 for k in names}
-    check.tell("matrix products, TFLOP/s", **rates)
+    check.tell("matmul, TFLOP/s", **rates)
     x = torch.zeros(1 << (20 if check.dry else 30), device=check.device)
     check.tell("copy", **{"TB/s": 2e-9 * x.nbytes / check.milliseconds(x.clone, 5)})
     del x
@@ -266,7 +266,7 @@ def speed(check):
             ms = check.milliseconds(step, 1 if check.dry else 20, 3)
             rate = 1e3 * cfg.bs / ms
             tflop = rate * benchmark.flops(model, lambda model, *args: model(*args), cfg) / 1e12
-            facts |= {"ms": ms, "images/s": rate, "TFLOP/s": tflop, "of_products": tflop / rates[precision]}
+            facts |= {"ms": ms, "images/s": rate, "TFLOP/s": tflop, "of_matmul": tflop / rates[precision]}
             facts |= {"peak_GiB": torch.cuda.max_memory_reserved() / 2**30}
             check.tell(what, **facts, waits=count_waits(step) if on_gpu else None)
         model = steps = step = None
@@ -317,7 +317,7 @@ def sample(check, state):
             reference = images if name == "float32" else reference
             off = (images - reference).abs()
             facts = {"images/s": rate, "largest_difference": off.max().item()}
-            facts |= {"share_off_by_over_a_level": (off > 1 / 127.5).float().mean().item()}
+            facts |= {"off_by_over_1_of_255": (off > 1 / 127.5).float().mean().item()}
             check.tell(f"sampling in {name}", **facts)
 
 
