@@ -170,6 +170,14 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(self.dropout(h))
 
 
+def upsample(x):
+    """[B, C, H, W] -> [B, C, 2H, 2W], each pixel four times.
+
+    Not F.interpolate: its gradient is summed in no fixed order when compiled.
+    """
+    return x.permute(0, 2, 3, 1).repeat_interleave(2, 1).repeat_interleave(2, 2).permute(0, 3, 1, 2)
+
+
 class Attention(nn.Module):
     """Residual self-attention over the pixels of a feature map."""
 
@@ -243,7 +251,7 @@ class UNet(nn.Module):
         h = run(self.mid, h)
         for i, level in enumerate(self.up):
             h = self.narrow[i](h)
-            h = F.interpolate(h, scale_factor=2.0) if i else h
+            h = upsample(h) if i else h
             for stage in level:  # skips are added: concatenated, they make a step a quarter slower
                 h = run(stage, h + skips.pop())
         return self.head(h)
@@ -397,16 +405,17 @@ def sample_grid(model, cfg, device):
 
 
 def newton_schulz(x):
-    """[rows, columns] -> approximately U V^T of x = U S V^T.
+    """[n, rows, columns] -> approximately U V^T of each matrix U S V^T.
 
     Each step applies a polynomial of degree 5 to the singular values, optimal for the range that the last
     step left (Amsel et al. 2025, arXiv:2505.16932): 0.01 to 1 end between 0.71 and 1.27. A step maps x to
     p x, and s = x x^T to p s p, so the product with x, which has the longer side, is left to the end.
     """
-    x = x / (1.02 * x.norm() + 1e-7)  # singular values below 1, even after rounding
-    s, product = x @ x.mT, torch.eye(len(x), device=x.device)
+    x = x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # norms below 1, even after rounding
+    s, eye = x @ x.mT, torch.eye(x.shape[1], device=x.device)
+    product = eye
     for a, b, c in ((8.0934, -23.6206, 17.4463), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)):
-        p = a * torch.eye(len(x), device=x.device) + b * s + c * s @ s
+        p = a * eye + b * s + c * s @ s
         s, product = p @ s @ p, p @ product
     return product @ x
 
@@ -414,22 +423,30 @@ def newton_schulz(x):
 class Muon(torch.optim.AdamW):
     """AdamW, except that groups with `momentum` are updated by their momentum, orthogonalized.
 
-    A kernel is a matrix with a row per output channel. A step for which `found_inf` is 1 changes nothing, as
-    in fused AdamW, and does not wait for the device.
+    A kernel is a matrix with a row per output channel. Kernels of equal shape are stacked; the state of the
+    first holds the momentum of all. A step for which `found_inf` is 1 changes nothing, as in fused AdamW, and
+    does not wait for the device.
     """
 
     @torch.no_grad()
     def step(self):
         for group in (g for g in self.param_groups if "momentum" in g):
+            shapes = {}
             for p in group["params"]:
-                g, p.grad, state = p.grad.flatten(1), None, self.state[p]  # AdamW skips what has no gradient
+                shapes.setdefault(p.shape, []).append(p)
+            for params in shapes.values():
+                g, beta = torch.stack([p.grad for p in params]), group["momentum"]
+                state = self.state[params[0]]
                 if not state:  # "step" because AdamW reads it when it loads
                     state |= {"momentum": torch.zeros_like(g), "step": torch.zeros(())}
-                m = state["momentum"].lerp(g, 1 - group["momentum"])
-                update = newton_schulz(g.lerp(m, group["momentum"]))  # Nesterov momentum
-                update = update.view_as(p) + group["weight_decay"] * p
+                m = state["momentum"].lerp(g, 1 - beta)
+                update = newton_schulz(g.lerp(m, beta).flatten(2)).view_as(g)  # Nesterov momentum
+                update += group["weight_decay"] * torch.stack(params)
                 state["momentum"] = torch.where(self.found_inf > 0, state["momentum"], m)
-                p -= group["lr"] * torch.where(self.found_inf > 0, 0.0, update)
+                update = torch.where(self.found_inf > 0, 0.0, update)
+                torch._foreach_add_(params, list(update), alpha=-group["lr"])
+            for p in group["params"]:
+                p.grad = None  # AdamW skips parameters without gradient
         super().step()
 
 
