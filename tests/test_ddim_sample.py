@@ -47,7 +47,7 @@ def theirs(kind, cfg, **more):
         timestep_spacing="trailing",
         **more,
     )
-    s.alphas_cumprod = ddpm.abar_table(cfg.schedule, cfg.timesteps, False, torch.device("cpu"))[1:]
+    s.alphas_cumprod = ddpm.abar_table(cfg.schedule, cfg.timesteps, torch.device("cpu"))[1:]
     return s
 
 
