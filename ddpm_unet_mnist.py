@@ -398,8 +398,8 @@ def newton_schulz(x):
     p x, and s = x x^T to p s p, so the product with x, which has the longer side, is left to the end.
     """
     x = x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # norms below 1, even after rounding
-    s, eye = x @ x.mT, torch.eye(x.shape[1], device=x.device)
-    product = eye
+    eye = torch.eye(x.shape[1], device=x.device)
+    s, product = x @ x.mT, eye
     for a, b, c in ((8.0934, -23.6206, 17.4463), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)):
         p = a * eye + b * s + c * s @ s
         s, product = p @ s @ p, p @ product

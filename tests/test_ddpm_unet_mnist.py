@@ -100,6 +100,12 @@ def scheduler(cfg, **more):
     return s
 
 
+def test_upsample_is_that_of_pytorch_and_stays_channels_last():
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(ddpm.upsample(x), torch.nn.functional.interpolate(x, scale_factor=2.0))
+    assert ddpm.upsample(x).is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_schedule_is_that_of_diffusers(schedule):
     cfg = Config(schedule=schedule)
