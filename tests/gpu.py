@@ -1,7 +1,7 @@
 """Is this repository right on a GPU, how fast is it there, and how far from what the GPU can do?
 
     python tests/gpu.py                          needs a GPU and cifar10
-    python tests/gpu.py --dry                    most of them in tiny sizes on a CPU, in half a minute
+    python tests/gpu.py --dry                    most of them in tiny sizes on a CPU, in under a minute
 
     exact        each script trained whole, and stopped by SIGTERM and resumed: weights equal bit for bit?
                  Samples of the GPU (in TF32) and of a CPU from the same noise
