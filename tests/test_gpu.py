@@ -1,5 +1,6 @@
 """tests/gpu.py on a CPU, in tiny sizes: all of its stages, and that it notices what it looks for."""
 
+import importlib
 import json
 import os
 import re
@@ -30,6 +31,12 @@ def test_all_stages_in_tiny_sizes(tmp_path):
     assert facts["sampling in TF32"]["largest_difference"] == 0  # a CPU has none
     assert 0 < facts["sampling in bfloat16"]["largest_difference"] < 0.2
     assert (tmp_path / "found/grid.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", gpu.SMALL)
+def test_a_script_takes_the_flags_of_its_small_model(name):
+    script = importlib.import_module(name.removesuffix(".py"))
+    script.check(common.parse(script.Config, "", gpu.SMALL[name].split()))
 
 
 def test_a_gpu_is_asked_for_unless_dry(tmp_path, monkeypatch):
