@@ -4,6 +4,7 @@ import errno
 import functools
 import importlib
 import math
+import os
 import platform
 import re
 import shlex
@@ -75,6 +76,25 @@ def test_freed_memory_is_kept_on_the_cpu():
     run = functools.partial(subprocess.run, cwd=Path(common.__file__).parent, capture_output=True, check=True)
     faults = [int(run([sys.executable, "-c", code, arg]).stdout) for arg in ("kept", "usual")]
     assert faults[0] < 100 < faults[1]
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="counts the threads in /proc")
+def test_threads_that_read_start_no_others():
+    """Of OpenMP's threads, more than there are cores sleep between operations: up to ten times as slow."""
+    code = """if 1:
+        import os, threading, torch, common
+        def read(n):  # would be split among threads
+            return torch.randperm(n).numel() and torch.get_num_threads()
+        counts = [len(os.listdir("/proc/self/task"))]
+        print(*common.THREADS.map(read, [10**5] * 8))
+        counts.append(len(os.listdir("/proc/self/task")) - threading.active_count() + 1)
+        print(read(10**5), *counts)
+    """
+    run = functools.partial(subprocess.run, cwd=Path(common.__file__).parent, capture_output=True, check=True)
+    out = run([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "2"}, text=True).stdout
+    seen, (own, before, after) = ([int(x) for x in line.split()] for line in out.splitlines())
+    assert {*seen} == {1} and after == before
+    assert own == 2  # the main thread's, still
 
 
 def numbered(n):
