@@ -51,7 +51,6 @@ class Config:
     # latents
     vae: str = resumable("stabilityai/sd-vae-ft-mse")  # hub id or folder of diffusers; train = its own
     vae_steps: int = 2000  # training steps of --vae train
-    latent_mode: Literal["sample", "mean"] = "sample"  # a new draw from the VAE's posterior, or its mean
     cache: str = resumable("")  # folder of latents and trained VAEs; default DATA_ROOT/latents
     # text
     text: Literal["on", "off"] = "off"  # condition on captions instead of classes
@@ -188,11 +187,12 @@ def weights_hash(model):
 
 @torch.no_grad()
 def encode(vae, x):
-    """Images -> mean and standard deviation of the posterior (LDM, app. G), scaled, each [B, c, h, w]."""
-    (scale, shift), posterior = scaling_factor(vae), vae.encode(x)
-    if hasattr(posterior, "latents"):  # AutoencoderTiny has no posterior
-        return (posterior.latents - shift) * scale, torch.zeros_like(posterior.latents)
-    return (posterior.latent_dist.mean - shift) * scale, posterior.latent_dist.std * scale
+    """Images -> latents [B, c, h, w], scaled (LDM, app. G). Of a posterior, its mean: draws from it learn no
+    better (logs/README.md) and take twice the disk."""
+    (scale, shift), encoded = scaling_factor(vae), vae.encode(x)
+    tiny = hasattr(encoded, "latents")  # AutoencoderTiny has no posterior
+    z = encoded.latents if tiny else encoded.latent_dist.mean
+    return (z - shift) * scale
 
 
 @torch.no_grad()
@@ -320,21 +320,18 @@ def barrier(world):
 
 
 def encode_dataset(data, vae, cfg, split, device, rank=0, world=1):
-    """Encodes a split, unless that is done -> a list of memory maps, float16 [CHUNK, V, M, c, h, w].
+    """Encodes a split, unless that is done -> a list of memory maps, float16 [CHUNK, V, c, h, w].
 
-    V: the image, and its mirror image with --flip; M: mean and standard deviation, or with --latent-mode mean
-    only the former.
+    V: the image, and its mirror image with --flip.
     """
     bf16, flip = common.supports_bf16(device), cfg.flip == "on" and split == "train"
-    key = (data.fingerprint(), data.images.shape, cfg.vae_hash, cfg.shape, cfg.latent_mode, flip, bf16)
+    key = (data.fingerprint(), data.images.shape, cfg.vae_hash, cfg.shape, flip, bf16)
     name = f"{data.name[:40]}_{split}_{data.images.shape[-1]}px_{derive_seed(*key):016x}"
 
     def encode_part(indices):
         x = common.images_at(data.images, indices).to(device).float() / 127.5 - 1
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            views = [torch.stack(encode(vae, v), 1) for v in ([x, x.flip(-1)] if flip else [x])]
-        latents = torch.stack(views, 1)
-        return latents if cfg.latent_mode == "sample" else latents[:, :, :1]
+            return torch.stack([encode(vae, v) for v in ([x, x.flip(-1)] if flip else [x])], 1)
 
     folder, bs = cache_folder(cfg) / name, vae_batch_size(cfg)
     return encode_chunks(folder, split, len(data.labels), encode_part, bs, rank, world)
@@ -370,7 +367,7 @@ def is_valid(file):
 
 
 class Latents:
-    """`x0, y = latents(step, noise)`: like common.Batches; noise [bs, c, h, w] draws from the posterior.
+    """`x0, y = latents(step)`: like common.Batches.
 
     The latents stay on the disk and are read a step ahead, or on a GPU if they take less than a quarter of
     its memory. With captions, y is one of each image's, drawn in every step.
@@ -396,19 +393,12 @@ class Latents:
         rows = zip(indices.tolist(), views.tolist(), strict=True)
         return torch.from_numpy(np.stack([self.chunks[i // CHUNK][i % CHUNK, v] for i, v in rows])), y
 
-    def __call__(self, step, noise):
+    def __call__(self, step):
         for s in (step, step + 1):
             if s not in self.queue:
                 self.queue[s] = common.THREADS.submit(self.read, s)
         *where, y = (common.to_device(v, self.device) for v in self.queue.pop(step).result())
-        latents = where[0] if self.on_gpu is None else self.on_gpu[tuple(where)]
-        return draw(latents, noise[self.rank_slice]), y
-
-
-def draw(latents, noise):
-    """Means and perhaps standard deviations [B, M, c, h, w], and noise -> latents [B, c, h, w]."""
-    latents = latents.float()
-    return latents[:, 0] + latents[:, 1] * noise if latents.shape[1] > 1 else latents[:, 0]
+        return (where[0] if self.on_gpu is None else self.on_gpu[tuple(where)]).float(), y
 
 
 # ------------------------------------------------------------------------------------------------
@@ -868,11 +858,11 @@ def evaluate(model, chunks, y, cfg, device, rank, world):
     times are always the same."""
     n, generator = len(y), torch.Generator().manual_seed(derive_seed("evaluate"))
     t = (torch.randperm(n, generator=generator) + 0.5) / n
-    eps, noise = torch.randn(2, n, *cfg.shape, generator=generator)
+    eps = torch.randn(n, *cfg.shape, generator=generator)
     losses = torch.zeros(n, device=device)  # other ranks' losses stay 0
     for i in range(rank, n, 128 * world):
         part = torch.arange(i, min(i + 128 * world, n), world)
-        x0 = draw(torch.from_numpy(chunks[0][part, 0]), noise[part])  # an evaluation set is one chunk
+        x0 = torch.from_numpy(chunks[0][part, 0]).float()  # an evaluation set is one chunk
         cond = null(y[part], cfg) if cfg.class_dropout == 1 else y[part]
         losses[part] = loss_per_sample(model, *(v.to(device) for v in (x0, cond, t[part], eps[part])), cfg)
     return losses, t
@@ -881,7 +871,7 @@ def evaluate(model, chunks, y, cfg, device, rank, world):
 def reconstruct(data, vae, cfg, device):
     """Rows of training images, each above its reconstruction by the VAE [N, C, H, W]; prints their PSNR."""
     x = common.images_at(data.images, range(min(50, len(data.labels)))).float() / 127.5 - 1
-    recon = torch.cat([decode(encode(vae, v)[0], cfg) for v in x.to(device).split(vae_batch_size(cfg))]).cpu()
+    recon = torch.cat([decode(encode(vae, v), cfg) for v in x.to(device).split(vae_batch_size(cfg))]).cpu()
     psnr = 10 * math.log10(4 / (recon - x).square().mean().item())
     common.print0(f"vae     reconstructs {len(x)} training images with a PSNR of {psnr:.1f} dB")
     return torch.cat([v for pair in zip(x.split(10), recon.split(10), strict=True) for v in pair])
@@ -930,10 +920,9 @@ def train(cfg):
     def get_batch(step):
         """This rank's micro-batches [(x0, y, t, eps), ...]. Noise and times are drawn for the global batch
         from (seed, step), so they depend neither on resuming nor on the number of processes."""
+        x0, y = latents(step)
         generator = torch.Generator(device).manual_seed(derive_seed(cfg.seed, "noise", step))
-        noise = torch.randn(2, cfg.bs, *cfg.shape, generator=generator, device=device)
-        x0, y = latents(step, noise[1])
-        eps = noise[0, latents.rank_slice]
+        eps = torch.randn(cfg.bs, *cfg.shape, generator=generator, device=device)[latents.rank_slice]
         u = torch.rand(2, cfg.bs, generator=generator, device=device)
         t = sample_t(u[0], cfg)[latents.rank_slice]
         drop = (u[1] < cfg.class_dropout)[latents.rank_slice]

@@ -87,7 +87,7 @@ def ours(script, cfg, device, dtype, use_compile):
             optimizer = script.make_optimizer(model, cfg, fast)
         data = random_images(cfg)
         if script is ld:
-            stored = torch.randn(len(data.labels), 1, 2, *cfg.shape).half().numpy()
+            stored = torch.randn(len(data.labels), 1, *cfg.shape).half().numpy()
             chunks = [stored[i : i + ld.CHUNK] for i in range(0, len(stored), ld.CHUNK)]
             captions = ld.Captions(data, cfg, device) if cfg.text == "on" else None
             batches = ld.Latents(chunks, data, cfg, device, captions=captions)
@@ -95,8 +95,7 @@ def ours(script, cfg, device, dtype, use_compile):
             batches = common.Batches(data, cfg.bs, 0, device, flip=True)
         for step in itertools.count():
             generator = torch.Generator(device).manual_seed(step)
-            eps, noise = torch.randn(2, cfg.bs, *cfg.shape, generator=generator, device=device)
-            x0, y = batches(step, noise) if script is ld else batches(step)
+            (x0, y), eps = batches(step), torch.randn(cfg.bs, *cfg.shape, generator=generator, device=device)
             u = torch.rand(2, cfg.bs, generator=generator, device=device)
             t = script.sample_t(u[0], cfg)
             drop = (u[1] < cfg.class_dropout).view(-1, *[1] * (y.ndim - 1))

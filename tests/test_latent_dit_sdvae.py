@@ -67,12 +67,10 @@ def test_the_vae_of_stable_diffusion(tmp_path, monkeypatch):
     cfg, data, _, vae = prepared(tmp_path / "sd", tmp_path, image_size=64)
     assert cfg.shape == (4, 8, 8) and data.images.shape[1:] == (3, 64, 64)
     x = data.images[:2].float() / 127.5 - 1
-    mean, std = ld.encode(vae, x)
-    raw = vae.encode(x).latent_dist
-    torch.testing.assert_close(mean, raw.mean * 0.18215)
-    torch.testing.assert_close(std, raw.std * 0.18215)
+    z, raw = ld.encode(vae, x), vae.encode(x).latent_dist
+    torch.testing.assert_close(z, raw.mean * 0.18215)
     want = vae.decode(raw.mean).sample.clamp(-1, 1)
-    torch.testing.assert_close(ld.decode(mean, cfg), want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ld.decode(z, cfg), want, rtol=0, atol=1e-4)
     sizes, original = [], vae.decode
     monkeypatch.setattr(ld, "vae_batch_size", lambda cfg: 2)
     used = ld.load_vae(cfg.vae_path, CPU, cfg.vae_hash)
@@ -91,10 +89,9 @@ def test_scale_and_shift(vae_folder, tmp_path):
     cfg, data, _, vae = prepared(vae_folder, tmp_path)
     assert ld.scaling_factor(vae) == (0.7, 0.2) and cfg.shape == (4, 4, 4)
     x = data.images[:3].float() / 127.5 - 1
-    raw = vae.encode(x).latent_dist
-    mean, std = ld.encode(vae, x)
-    torch.testing.assert_close((mean, std), ((raw.mean - 0.2) * 0.7, raw.std * 0.7))
-    torch.testing.assert_close(ld.decode(mean, cfg), vae.decode(raw.mean).sample.clamp(-1, 1))
+    z, raw = ld.encode(vae, x), vae.encode(x).latent_dist
+    torch.testing.assert_close(z, (raw.mean - 0.2) * 0.7)
+    torch.testing.assert_close(ld.decode(z, cfg), vae.decode(raw.mean).sample.clamp(-1, 1))
     assert not any(p.requires_grad for p in vae.parameters())
 
 
@@ -110,20 +107,22 @@ def test_a_tiny_autoencoder(tmp_path):
         num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1),
     ).save_pretrained(tmp_path / "tiny")  # fmt: skip
     cfg, data, _, vae = prepared(tmp_path / "tiny", tmp_path)
-    mean, std = ld.encode(vae, data.images[:2].float() / 127.5 - 1)
-    assert cfg.shape == (4, 4, 4) and mean.shape == (2, 4, 4, 4) and std.abs().max() == 0
-    assert ld.decode(mean, cfg).shape == (2, 3, 16, 16)
+    x = data.images[:2].float() / 127.5 - 1
+    z = ld.encode(vae, x)
+    assert cfg.shape == (4, 4, 4) and z.shape == (2, 4, 4, 4)
+    torch.testing.assert_close(z, vae.encode(x).latents)
+    assert ld.decode(z, cfg).shape == (2, 3, 16, 16)
 
 
 def test_a_vae_trained_for_half_a_minute(tmp_path, monkeypatch):
     """It reconstructs, its latents have unit variance, and it is there for ever after."""
     cfg, data, held_out, vae = prepared("train", tmp_path, vae_steps=160, steps=5)
     x = held_out.images[:200].float() / 127.5 - 1
-    mean, std = ld.encode(vae, x)
-    assert cfg.shape == (4, 4, 4) and mean.shape == (200, 4, 4, 4)
-    assert mean.std().item() == pytest.approx(1, abs=0.05) and abs(mean.mean().item()) < 0.05
+    z, std = ld.encode(vae, x), vae.encode(x).latent_dist.std * ld.scaling_factor(vae)[0]
+    assert cfg.shape == (4, 4, 4) and z.shape == (200, 4, 4, 4)
+    assert z.std().item() == pytest.approx(1, abs=0.05) and abs(z.mean().item()) < 0.05
     assert 0 < std.mean() < 0.7
-    error = (ld.decode(mean, cfg) - x).square().mean()
+    error = (ld.decode(z, cfg) - x).square().mean()
     assert error < 0.1 * x.var(), error  # a constant image has 1
     (made,) = (tmp_path / "cache").glob("vae_*/config.json")
     assert AutoencoderKL.from_pretrained(made.parent, low_cpu_mem_usage=False).config.latent_channels == 4
@@ -155,13 +154,13 @@ def test_cache_is_direct_encoding(vae_folder, tmp_path, monkeypatch):
     data, cfg = few(data, 600), replace(cfg, flip="on")
     stored, count, _ = cached(monkeypatch, cfg, data, vae)
     x = data.images.float() / 127.5 - 1
-    want = torch.stack([torch.stack(ld.encode(vae, v), 1) for v in (x, x.flip(-1))], 1)
-    assert stored.shape == (600, 2, 2, 4, 4, 4) and stored.dtype == np.float16 and count == 1200
+    want = torch.stack([ld.encode(vae, v) for v in (x, x.flip(-1))], 1)
+    assert stored.shape == (600, 2, 4, 4, 4) and stored.dtype == np.float16 and count == 1200
     torch.testing.assert_close(torch.from_numpy(stored).float(), want, rtol=1e-3, atol=1e-3)
     again, count, _ = cached(monkeypatch, cfg, data, vae)
     assert count == 0 and np.array_equal(again, stored)
     stored, *_ = cached(monkeypatch, cfg, data, vae, "test")  # held-out images are not mirrored
-    assert stored.shape == (600, 1, 2, 4, 4, 4)
+    assert stored.shape == (600, 1, 4, 4, 4)
 
 
 @pytest.mark.skipif(not common.supports_bf16(CPU), reason="this machine encodes in float32")
@@ -169,9 +168,9 @@ def test_bfloat16_is_safe_for_encoding(vae_folder, tmp_path, monkeypatch):
     cfg, data, _, vae = prepared(vae_folder, tmp_path)
     data = few(data, 256)
     fast, *_ = cached(monkeypatch, cfg, data, vae)
-    mean, _ = ld.encode(vae, data.images.float() / 127.5 - 1)
-    error = torch.from_numpy(fast[:, 0, 0]).float() - mean
-    assert error.std() < 0.02 * mean.std()
+    z = ld.encode(vae, data.images.float() / 127.5 - 1)
+    error = torch.from_numpy(fast[:, 0]).float() - z
+    assert error.std() < 0.02 * z.std()
 
 
 def test_cache_is_keyed_by_data_size_vae_and_split(vae_folder, tmp_path, monkeypatch):
@@ -182,8 +181,7 @@ def test_cache_is_keyed_by_data_size_vae_and_split(vae_folder, tmp_path, monkeyp
     changed = replace(data, images=data.images.clone())
     changed.images[3, 0, 5, 5] += 1
     folders += [cached(monkeypatch, cfg, changed, vae)[2], cached(monkeypatch, cfg, data, vae, "test")[2]]
-    for more in ({"flip": "on"}, {"latent_mode": "mean"}):
-        folders.append(cached(monkeypatch, replace(cfg, **more), data, vae)[2])
+    folders.append(cached(monkeypatch, replace(cfg, flip="on"), data, vae)[2])
     for name, more in (("other", {"seed": 1}), ("scale", {"scaling_factor": 0.5})):
         other, *_, vae2 = prepared(small_vae(tmp_path / name, **more), tmp_path)
         folders.append(cached(monkeypatch, other, data, vae2)[2])
@@ -192,15 +190,7 @@ def test_cache_is_keyed_by_data_size_vae_and_split(vae_folder, tmp_path, monkeyp
     bf16 = common.supports_bf16(CPU)
     monkeypatch.setattr(common, "supports_bf16", lambda d: not bf16)
     folders.append(cached(monkeypatch, cfg, data, vae)[2])
-    assert len(set(folders)) == 9
-
-
-def test_latent_mode_mean_stores_no_standard_deviations(vae_folder, tmp_path, monkeypatch):
-    cfg, data, _, vae = prepared(vae_folder, tmp_path)
-    data = few(data, 20)
-    both, *_ = cached(monkeypatch, cfg, data, vae)
-    mean, *_ = cached(monkeypatch, replace(cfg, latent_mode="mean"), data, vae)
-    assert mean.shape == (20, 1, 1, 4, 4, 4) and np.array_equal(mean, both[:, :, :1])
+    assert len(set(folders)) == 8
 
 
 @pytest.mark.parametrize("how", ["truncated", "no header", "empty", "gone"])
@@ -301,7 +291,7 @@ def test_latents_come_in_the_order_of_the_batches(vae_folder, tmp_path, monkeypa
     monkeypatch.setattr(common, "supports_bf16", lambda d: False)
     monkeypatch.setattr(ld, "CHUNK", 20)
     cfg, data, _, vae = prepared(vae_folder, tmp_path, bs=10, flip="on")
-    data, noise = few(data, 64), torch.randn(10, 4, 4, 4)
+    data = few(data, 64)
     chunks = ld.encode_dataset(data, vae, cfg, "train", CPU)
     assert [len(c) for c in chunks] == [20, 20, 20, 4]
     batches = common.Batches(data, 10, cfg.seed, CPU, flip=True)
@@ -310,21 +300,20 @@ def test_latents_come_in_the_order_of_the_batches(vae_folder, tmp_path, monkeypa
         p.on_gpu = torch.from_numpy(np.concatenate(chunks)) if on_gpu else None
     for step in (0, 5, 6, 7):
         x, y = batches(step)
-        mean, std = ld.encode(vae, x)
-        latents, labels = (torch.cat(v) for v in zip(*(p(step, noise) for p in parts), strict=True))
-        torch.testing.assert_close(latents, mean + std * noise, rtol=2e-3, atol=2e-3)
+        latents, labels = (torch.cat(v) for v in zip(*(p(step) for p in parts), strict=True))
+        torch.testing.assert_close(latents, ld.encode(vae, x), rtol=2e-3, atol=2e-3)
         assert torch.equal(labels, y)
         assert all(step + 1 in p.queue for p in parts)  # is read while this step trains
 
 
 def test_chunks_give_the_batches_of_one_chunk(vae_folder, tmp_path, monkeypatch):
     cfg, data, _, vae = prepared(vae_folder, tmp_path, bs=10)
-    data, noise, batches = few(data, 64), torch.randn(10, 4, 4, 4), []
+    data, batches = few(data, 64), []
     monkeypatch.setattr(ld, "vae_batch_size", lambda cfg: 4)
     for chunk in (4096, 20):
         monkeypatch.setattr(ld, "CHUNK", chunk)
         latents = ld.encode_dataset(data, vae, replace(cfg, cache=str(tmp_path / str(chunk))), "train", CPU)
-        batches.append([ld.Latents(latents, data, cfg, CPU)(step, noise) for step in range(8)])
+        batches.append([ld.Latents(latents, data, cfg, CPU)(step) for step in range(8)])
     same(*batches)
 
 
@@ -530,12 +519,12 @@ def test_every_caption_of_an_image_is_drawn():
     assert torch.equal(
         y(torch.tensor([1, 2]), torch.tensor([0.99, 0.99])), ld.encode_text(["", "a dog"], cfg)
     )
-    latents, cfg = [np.zeros((3, 1, 2, 4, 4, 4), np.float16)], replace(cfg, bs=6)
-    steps = [ld.Latents(latents, data, cfg, CPU, captions=y)(i, torch.zeros(6, 4, 4, 4))[1] for i in range(9)]
+    latents, cfg = [np.zeros((3, 1, 4, 4, 4), np.float16)], replace(cfg, bs=6)
+    steps = [ld.Latents(latents, data, cfg, CPU, captions=y)(i)[1] for i in range(9)]
     drawn = torch.cat(steps)
     assert all((drawn == c).all(1).any() for c in ld.encode_text(["a cat", "big cat", ""], cfg))
     assert len({v.numpy().tobytes() for v in steps}) > 4  # other captions in other steps
-    halves = [ld.Latents(latents, data, cfg, CPU, r, 2, y)(4, torch.zeros(6, 4, 4, 4))[1] for r in (0, 1)]
+    halves = [ld.Latents(latents, data, cfg, CPU, r, 2, y)(4)[1] for r in (0, 1)]
     assert torch.equal(torch.cat(halves), steps[4])
 
 
@@ -722,7 +711,7 @@ def lines(run, name="loss"):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--latent-mode mean --t-sampling logit-normal --shift 2 --weight-decay 0.1",
+        "--t-sampling logit-normal --shift 2 --weight-decay 0.1",
         "--text on --grad-accum 2 --grad-checkpoint --dtype bfloat16",
         "--class-dropout 1 --grad-accum 4 --patch 2",
         "--class-dropout 0 --guidance 1 --grad-checkpoint --dtype bfloat16",
@@ -738,23 +727,6 @@ def test_flags_train_and_sample(tmp_path, monkeypatch, shared, capsys, flags):
     assert sizes[0][1] == 4 * (16 + 4) + ("text" in flags) * (4 * 13 + 2)  # captions of up to four lines
     picture = np.asarray(Image.open(run / "samples" / "reconstruction.png"))
     assert picture.shape[0] == picture.shape[1] and "with a PSNR of" in capsys.readouterr().out
-
-
-def test_draws_are_fresh_or_the_mean(tmp_path, monkeypatch, shared):
-    seen, original = {"sample": [], "mean": []}, ld.loss_per_sample
-
-    def spy(model, x0, y, t, eps, cfg):
-        seen[cfg.latent_mode].append(x0.clone())
-        return original(model, x0, y, t, eps, cfg)
-
-    monkeypatch.setattr(ld, "loss_per_sample", spy)
-    for mode in seen:
-        train(tmp_path, monkeypatch, *shared, "--latent-mode", mode, "--steps", 3, "--eval-every", 0)
-    deviations = torch.stack([a - b for a, b in zip(seen["sample"], seen["mean"], strict=True)])
-    files = [np.load(f, mmap_mode="r") for f in Path(shared[3]).glob("digits_train_16px_*/00000000.npy")]
-    (std,) = [latents[:, :, 1] for latents in files if latents.shape[2] == 2]
-    want = np.sqrt(np.square(std[:500], dtype=float).mean())
-    assert deviations.std().item() == pytest.approx(want, rel=0.1)
 
 
 def test_the_loop_reads_the_device_only_to_log(tmp_path, monkeypatch, shared):
@@ -818,9 +790,9 @@ def test_it_learns(tmp_path, monkeypatch, shared):
             "--text on --dataset {tmp}/bare",
             "/bare has neither captions nor classes; write 1.txt beside 1.jpg, or",
         ),
-        ("--latent-mode median", "invalid choice"),
+        ("--flip maybe", "invalid choice"),
         ("--dataset nowhere", "there is no dataset nowhere"),
-        ("--lataent-mode mean", "did you mean --latent-mode"),
+        ("--t-smapling uniform", "did you mean --t-sampling"),
         ("--resume nowhere", "nowhere is not a run"),
     ],
 )
@@ -926,8 +898,8 @@ def test_ddim_sample_samples_it(whole, script, main, capsys):  # noqa: F811
     with pytest.raises(SystemExit, match="2"):
         main(whole, "--invert", "--steps", 4)
     assert "this run has latents (4, 4, 4)" in capsys.readouterr().err
-    p = script(NAME, "--resume", whole, "--latent-mode", "mean")
-    assert p.returncode == 2 and p.err.startswith("error: --latent-mode is mean, but sample in ")
+    p = script(NAME, "--resume", whole, "--t-sampling", "logit-normal")
+    assert p.returncode == 2 and p.err.startswith("error: --t-sampling is logit-normal, but uniform in ")
 
 
 def test_a_run_with_a_vae_of_its_own_moves(script, main, tmp_path):  # noqa: F811

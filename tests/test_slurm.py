@@ -107,31 +107,30 @@ SAMPLE = "--num-samples 240 --bs 6 --steps 20 --npz --frames 0 --out".split()
 
 
 @slurm
-@pytest.mark.parametrize("how", ["warning", "requeue"])
-def test_two_nodes_go_on_after_a_requeue_as_if_nothing_had_happened(repo, whole, how):
-    """The time limit's warning, to the batch shell alone, and to that of a job that samples; Slurm's own
-    requeue, as in a preemption, after an edit of the script, which is not the run's."""
-    job = Job(repo, "--nodes=2", flags=["--steps", 300, "--save-every", 1000])
-    if how == "requeue":
-        job.training()
-        (repo / TINY[0]).write_text("raise SystemExit('edited')")
-        subprocess.run(["scontrol", "requeue", job.number], check=True)
-    else:
-        other = Job(repo, command=["ddim_sample.py", whole, *SAMPLE, repo / "two"])
-        job.training()
-        subprocess.run(["scancel", "--signal=USR1", "--batch", job.number], check=True)
-        other.until(lambda: len([*repo.glob("two/*.part/*.npy")]) > 3)
-        subprocess.run(["scancel", "--signal=USR1", "--batch", other.number], check=True)
-        assert other.ended() == "COMPLETED" and other.facts()["Restarts"] == "1", other.log()
-        assert re.search(r"continuing after \d+ of 40 batches", other.log())
-        command = [sys.executable, ROOT / "ddim_sample.py", whole, *SAMPLE, repo / "one"]
-        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)  # as in the job
-        one, two = (next(repo.glob(f"{name}/*.npz")).read_bytes() for name in ("one", "two"))
-        assert one == two
-    assert job.ended() == "COMPLETED" and job.facts()["Restarts"] == "1", job.log()
+def test_two_nodes_go_on_after_each_requeue_as_if_nothing_had_happened(repo, whole):
+    """The time limit's warning, to the batch shell alone, of a job that trains and of one that samples; then
+    Slurm's own requeue, as in a preemption, after an edit of the script, which is not the run's."""
+    job = Job(repo, "--nodes=2", flags=["--steps", 300, "--save-every", 1000]).training()
+    subprocess.run(["scancel", "--signal=USR1", "--batch", job.number], check=True)
+    other = Job(repo, command=["ddim_sample.py", whole, *SAMPLE, repo / "two"])
+    job.until(lambda: ", continuing after step" in job.log())
+    job.training(len(job.steps()) + 20)
+    (repo / TINY[0]).write_text("raise SystemExit('edited')")
+    subprocess.run(["scontrol", "requeue", job.number], check=True)
+    other.until(lambda: len([*repo.glob("two/*.part/*.npy")]) > 3)
+    subprocess.run(["scancel", "--signal=USR1", "--batch", other.number], check=True)
+
+    command = [sys.executable, ROOT / "ddim_sample.py", whole, *SAMPLE, repo / "one"]
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)  # as in the job
+    assert other.ended() == "COMPLETED" and other.facts()["Restarts"] == "1", other.log()
+    assert re.search(r"continuing after \d+ of 40 batches", other.log())
+    one, two = (next(repo.glob(f"{name}/*.npz")).read_bytes() for name in ("one", "two"))
+    assert one == two
+    assert job.ended() == "COMPLETED" and job.facts()["Restarts"] == "2", job.log()
     assert str(job.run().relative_to(repo)) in job.log()  # job and run name each other
     assert f"job     {job.out}" in (job.run() / "run.out").read_text()
-    assert "stopped by a signal after step" in job.log() and ", continuing after step" in job.log()
+    for text in ("stopped by a signal after step", ", continuing after step"):
+        assert job.log().count(text) == 2
     assert job.steps() == list(range(1, 301)) and len(list((repo / "logs" / "ddpm").iterdir())) == 1
     torch.testing.assert_close(weights(job.run()), weights(whole), rtol=0, atol=0)
     assert [x["loss"] for x in lines(job.run())] == [x["loss"] for x in lines(whole)]

@@ -31,7 +31,7 @@ TINY += "--dtype float32 --warmup 5".split()
 SMALL = {
     ddpm: "--width 8 --mults 1 2".split(),
     rf: "--dim 32 --depth 2 --heads 2 --patch 4".split(),
-    ld: "--dim 32 --depth 2 --heads 2 --patch 1 --latent-mode mean".split(),
+    ld: "--dim 32 --depth 2 --heads 2 --patch 1".split(),
 }
 every_script = pytest.mark.parametrize("script", SMALL, ids=lambda s: s.__name__)
 
