@@ -1,5 +1,6 @@
 """slurm/run.sh on a real Slurm of two nodes: submit, signal, requeue, resume; skipped where there is none."""
 
+import functools
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -110,16 +112,21 @@ SAMPLE = "--num-samples 240 --bs 6 --steps 20 --npz --frames 0 --out".split()
 def test_two_nodes_go_on_after_each_requeue_as_if_nothing_had_happened(repo, whole):
     """The time limit's warning, to the batch shell alone, of a job that trains and of one that samples; then
     Slurm's own requeue, as in a preemption, after an edit of the script, which is not the run's."""
-    job = Job(repo, "--nodes=2", flags=["--steps", 300, "--save-every", 1000]).training()
-    subprocess.run(["scancel", "--signal=USR1", "--batch", job.number], check=True)
-    other = Job(repo, command=["ddim_sample.py", whole, *SAMPLE, repo / "two"])
-    job.until(lambda: ", continuing after step" in job.log())
-    job.training(len(job.steps()) + 20)
-    (repo / TINY[0]).write_text("raise SystemExit('edited')")
-    subprocess.run(["scontrol", "requeue", job.number], check=True)
-    other.until(lambda: len([*repo.glob("two/*.part/*.npy")]) > 3)
-    subprocess.run(["scancel", "--signal=USR1", "--batch", other.number], check=True)
 
+    def warn(job):
+        subprocess.run(["scancel", "--signal=USR1", "--batch", job.number], check=True)
+
+    job = Job(repo, "--nodes=2", flags=["--steps", 300, "--save-every", 1000])
+    other = Job(repo, command=["ddim_sample.py", whole, *SAMPLE, repo / "two"])
+    with ThreadPoolExecutor() as pool:  # neither may end before it is warned
+        drawn = functools.partial(repo.glob, "two/*.part/*.npy")
+        warned = pool.submit(lambda: warn(other.until(lambda: len([*drawn()]) > 3)))
+        warn(job.training())
+        job.until(lambda: ", continuing after step" in job.log())
+        job.training(len(job.steps()) + 20)
+        (repo / TINY[0]).write_text("raise SystemExit('edited')")
+        subprocess.run(["scontrol", "requeue", job.number], check=True)
+        warned.result()
     command = [sys.executable, ROOT / "ddim_sample.py", whole, *SAMPLE, repo / "one"]
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)  # as in the job
     assert other.ended() == "COMPLETED" and other.facts()["Restarts"] == "1", other.log()
