@@ -294,9 +294,9 @@ MAX_BYTES = 2 << 30  # larger datasets are not held in memory; their files are d
 TRAIN = ("train", "training")  # folder names of the splits
 HELD_OUT = ("test", "testing", "val", "valid", "validation")  # the first that exists is used
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-# They read and decode images, an operation in one thread: with threads of OpenMP besides those of the main
-# thread, more than there are cores, all of these would sleep between operations.
-torch.get_num_threads()  # fixes the main thread's number; set_num_threads() is for all that have none
+# Threads that read and decode images. They run each operation on one core: if OpenMP has more threads than
+# cores, they sleep between operations, and training takes up to twice as long.
+torch.get_num_threads()  # fixes the main thread's number, which set_num_threads() would otherwise change
 NUM_READERS = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 THREADS = ThreadPoolExecutor(NUM_READERS, "reader", torch.set_num_threads, (1,))
 

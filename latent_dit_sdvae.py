@@ -187,8 +187,8 @@ def weights_hash(model):
 
 @torch.no_grad()
 def encode(vae, x):
-    """Images -> latents [B, c, h, w], scaled (LDM, app. G). Of a posterior, its mean: draws from it learn no
-    better (logs/README.md) and take twice the disk."""
+    """Images -> latents [B, c, h, w], scaled (LDM, app. G). The mean of the posterior is used: sampling from
+    it trains no better (logs/README.md) and doubles the cache."""
     (scale, shift), encoded = scaling_factor(vae), vae.encode(x)
     tiny = hasattr(encoded, "latents")  # AutoencoderTiny has no posterior
     z = encoded.latents if tiny else encoded.latent_dist.mean

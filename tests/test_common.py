@@ -80,7 +80,7 @@ def test_freed_memory_is_kept_on_the_cpu():
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="counts the threads in /proc")
 def test_threads_that_read_start_no_others():
-    """Of OpenMP's threads, more than there are cores sleep between operations: up to ten times as slow."""
+    """If OpenMP has more threads than cores, they sleep between operations: up to ten times as slow."""
     code = """if 1:
         import os, threading, torch, common
         def read(n):  # would be split among threads
