@@ -13,15 +13,15 @@
 # Runs a script on a cluster: one torchrun a node, one process a GPU.
 #
 #   sbatch slurm/run.sh rf_dit_cifar.py --steps 200000 --bs 256
-#   sbatch --nodes=2 --gpus-per-node=8 slurm/run.sh rf_dit_cifar.py --bs 2048
+#   sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=32 slurm/run.sh rf_dit_cifar.py --bs 2048
 #   sbatch --gpus-per-node=0 slurm/run.sh ddpm_unet_mnist.py        on CPUs
 #   sbatch slurm/run.sh ddim_sample.py RUN --num-samples 50000 --npz
 #   bash slurm/run.sh rf_dit_cifar.py ...        looks for what is missing first, then submits
 #
 # Submit from the repository; options of sbatch go before slurm/run.sh, flags of the script after its name.
-# Before the time limit (--signal above), and when the job is preempted or its node fails, the run's checkpoint
-# is written, the job is queued again under its number and goes on in the same run folder, with the code that is in
-# it, whatever was edited since. A job that samples goes on after its last batch. logs/slurm/JOB.out is the log;
+# Before the time limit (--signal above) and in a preemption, the run's checkpoint is written. The job is queued
+# again under its number, as after the failure of a node, and goes on in the same run folder, with the code that is
+# in it, whatever was edited since. A job that samples goes on after its last batch. logs/slurm/JOB.out is the log;
 # logs/slurm/JOB.run names the run folder, whose run.out names the log.
 #
 #   VENV             virtual environment        default .venv, else the python that is active
@@ -35,7 +35,8 @@ die() { echo "error: $*" >&2; exit 2; }
 cd "${SLURM_SUBMIT_DIR:-.}" || die "the folder $SLURM_SUBMIT_DIR is not on this node; submit from a shared one"
 script=${1:-}
 [ -n "$script" ] || die "no script is named; sbatch slurm/run.sh SCRIPT.py [FLAGS]"
-[ -f "$script" ] || die "there is no script $script in $PWD; submit from the repository's folder"
+[ -f "$script" ] || [ "${SLURM_RESTART_COUNT:-0}" != 0 ] || # then it is in the run's code
+    die "there is no script $script in $PWD; submit from the repository's folder"
 [ -d logs/slurm ] || die "there is no folder $PWD/logs/slurm, without which Slurm drops a job's log; make it"
 [ -z "${VENV:-}" ] && [ -d .venv ] && VENV=.venv
 if [ -n "${VENV:-}" ]; then
@@ -53,14 +54,18 @@ fi
 
 # The script writes the name of its run folder into the one and prints the other.
 export DIFFUSION_JOB=$PWD/logs/slurm/$SLURM_JOB_ID.run
-export DIFFUSION_JOB_LOG=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
+job=$SLURM_JOB_ID
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # of one of the tasks, not of all
+export DIFFUSION_JOB_LOG=$(scontrol show job "$job" | sed -n 's/^ *StdOut=//p')
+before=$(stat --format=%s "$DIFFUSION_JOB_LOG" 2>/dev/null || echo 0) # size of the log
 if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then
     rm -f "$DIFFUSION_JOB" # of an older cluster's job
 elif [ -s "$DIFFUSION_JOB" ]; then
     # With the code and flags that the run has, whatever was edited since; without a checkpoint it starts anew.
     run=$(cat "$DIFFUSION_JOB")
-    if compgen -G "$run/checkpoints/step_*.pt" >/dev/null; then
-        set -- "$run/code/$(basename "$script")" --resume "$run"
+    code=$run/code/$(basename "$script")
+    if [ -f "$code" ] && compgen -G "$run/checkpoints/step_*.pt" >/dev/null; then
+        set -- "$code" --resume "$run"
     fi
 fi
 echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date '+%F %T'): $*"
@@ -77,13 +82,14 @@ stopped=
 trap 'stopped=USR1' USR1
 trap 'stopped=TERM' TERM
 # torchrun ignores USR1, which would end it; its processes do not.
-srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec torchrun "$@"' torchrun \
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+    bash -c 'trap "" USR1; exec torchrun "$@"' torchrun \
     --nnodes="$SLURM_NNODES" --nproc-per-node="$NPROC" --max-restarts=0 \
     --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID" "$@" &
 step=$!
 while kill -0 "$step" 2>/dev/null; do
-    if [ "$stopped" = USR1 ]; then # it reached this shell alone; again and again, as a script that starts is deaf
-        scancel --signal=USR1 "$SLURM_JOB_ID"
+    if [ -n "$stopped" ]; then # perhaps this shell alone; again and again, as a script that starts is deaf
+        scancel --signal=USR1 "$job" 2>/dev/null
         sleep 20 &
         wait -n "$step" $!
     else
@@ -93,10 +99,11 @@ done
 wait "$step"
 status=$?
 
+# Or the script alone: some preemptions signal the steps, and not this shell.
+tail --bytes=+$((before + 1)) "$DIFFUSION_JOB_LOG" | grep -q '^stopped by a signal' && stopped=${stopped:-TERM}
+
 # A cancelled job, or one that Slurm itself queues again, is not RUNNING any more.
-if [ -n "$stopped" ] && [ "$status" != 0 ] && scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
-    echo "stopped by $stopped; queued again"
-    scontrol requeue "$SLURM_JOB_ID"
-    exit 0
+if [ -n "$stopped" ] && [ "$status" != 0 ] && scontrol show job "$job" | grep -q JobState=RUNNING; then
+    scontrol requeue "$job" && echo "stopped by $stopped; queued again" && exit 0
 fi
 exit "$status"
