@@ -54,9 +54,9 @@ class Config:
     eta: float = 0.0  # noise added by ddim: 0 none, 1 as much as DDPM's ancestral sampler
     spacing: Literal["auto", "trailing", "karras", "logsnr"] = "auto"  # time grid; auto: eps has logsnr
     guidance: float = -1.0  # guidance scale w of uncond + w (cond - uncond); 1 = off, -1 = the run's own
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times between which guidance acts, such as 0.1 0.8
+    guidance_interval: tuple[float, float] = (-1.0, -1.0)  # times with guidance; -1 -1 = the run's own
     guide: int = 0  # step of an earlier checkpoint that guides instead of the null class; 0 = none
-    clip_x0: Literal["auto", "on", "off", "dynamic"] = "auto"  # clip estimates of x0; auto = as the run does
+    clip_x0: Literal["auto", "on", "off"] = "auto"  # clip estimates of x0; auto = as the run does
     set: tuple[str, ...] = ()  # KEY=VALUE of the run's flags about guidance and sampling
     weights: str = "ema"  # ema = EMA weights, model = those of the last step, or a file of --export
     step: int = 0  # step of the checkpoint; 0 = the newest
@@ -88,6 +88,7 @@ class Config:
 SETTINGS = "eta spacing guidance_interval guide clip_x0 set weights num_samples classes".split()  # in names
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 STEPS = {"ddim": 50, "heun": 18, "dpmpp2m": 15, "own": 0}
+CONTINUOUS = 100_000  # times in a grid of continuous time
 
 
 def resolve(flags, config):
@@ -96,7 +97,8 @@ def resolve(flags, config):
     All that is read from a run's Config, beyond the functions of its script, is read here. A script without
     these fields gets the defaults: continuous time, no null condition, guidance 1, no clipping, no prompts.
     """
-    config = replace(config, **parse_settings(flags.set, type(config)))
+    settings = parse_settings(flags.set, type(config))
+    config = replace(config, **settings)
     timesteps, class_dropout = getattr(config, "timesteps", None), getattr(config, "class_dropout", 0)
     captions, typed = tuple(getattr(config, "prompts", ())), tuple(map(common.printable, flags.prompt))
     if flags.prompts:
@@ -111,15 +113,20 @@ def resolve(flags, config):
     if guidance == -1:  # inversion is unstable under guidance (Mokady et al. 2022)
         alone = flags.invert or (class_dropout == 1 and not flags.guide)
         guidance = 1.0 if alone else getattr(config, "guidance", 1.0)
+    if (low, high) == Config.guidance_interval:
+        low, high = getattr(config, "guidance_interval", (0.0, 1.0))
     modes = [f"--{m}" for m in ("interpolate", "invert", "compare", "export") if getattr(flags, m)]
     mode, files, ddim = " and ".join(modes), flags.npz or flags.png, flags.solver == "ddim"
-    own = [k for k in ("steps", "eta", "spacing", "clip_x0") if getattr(flags, k) != getattr(Config, k)]
-    own = ", ".join(f"--{k.replace('_', '-')}" for k in own)
+    own = ["steps", "eta", "spacing", "clip_x0"]
+    own += ["guidance_interval"] * (not hasattr(config, "guidance_interval"))
+    own = ", ".join(f"--{k.replace('_', '-')}" for k in own if getattr(flags, k) != getattr(Config, k))
+    unused = ", ".join(k for k in settings if k in ("solver", "sampling_steps", "clip_x0"))
+    fewer = "at most 1000" if modes else "--npz or --png"
     guided = flags.guide or 0 < class_dropout < 1  # by an earlier checkpoint, or by the null class
     common.require_range(flags, "step guide frames interpolate", 0)
     common.require_range(flags, "num_samples bs", 1)
     common.require_range(flags, "eta", 0, 1)
-    common.require_range(flags, "steps", 0, timesteps or math.inf)
+    common.require_range(flags, "steps", 0, timesteps or CONTINUOUS)
     for good, message in [
         (0 <= low <= high <= 1, "--guidance-interval must be two times in [0, 1], such as 0.1 0.8"),
         (guidance >= 0, "--guidance is negative; it must be at least 0"),
@@ -137,9 +144,15 @@ def resolve(flags, config):
         (not flags.invert or ddim, "--invert uses DDIM; leave out --solver"),
         (not flags.compare or ddim, "--compare uses every solver; leave out --solver"),
         (not flags.compare or not flags.steps, "--compare has its own steps; leave out --steps"),
-        (flags.solver != "own" or not own, f"--solver own has no {own}; use --set"),
+        (flags.solver != "own" or not own, f"--solver own has no {own}; leave it out, or use --set"),
+        (
+            flags.solver == "own" or not unused,
+            f"--set {unused} is for the script's sampler; add --solver own",
+        ),
+        (flags.solver != "own" or not flags.interpolate, "--interpolate has no --solver own; use another"),
+        (Path(flags.export or "x").name, "--export is not the name of a file; use x.safetensors"),
         (flags.interpolate != 1, "--interpolate is 1; it must be at least 2 images per row"),
-        (flags.num_samples <= 1000 or files, "--num-samples: too many for a picture; add --npz or --png"),
+        (flags.num_samples <= 1000 or files, f"--num-samples: too many for a picture; use {fewer}"),
         (not modes or WORLD == 1, f"{mode} runs in one process; use torchrun --nproc-per-node=1"),
     ]:
         require(good, message)
@@ -149,8 +162,10 @@ def resolve(flags, config):
     clip = flags.clip_x0 if flags.clip_x0 != "auto" else "on" if clip and not flags.invert else "off"
     steps = flags.steps or min(STEPS[flags.solver], timesteps or math.inf)
     dtype = flags.dtype if flags.dtype != "auto" else getattr(config, "dtype", "auto")
-    flags = replace(flags, steps=steps, spacing=spacing, guidance=float(guidance), clip_x0=clip, dtype=dtype)
-    flags = replace(flags, prompt=typed or captions * (class_dropout < 1))
+    flags = replace(flags, steps=steps, spacing=spacing, clip_x0=clip, dtype=dtype)
+    flags = replace(flags, guidance=float(guidance), guidance_interval=(low, high))
+    data = {k: getattr(flags, k) or getattr(config, k, "") for k in ("dataset", "data_root")}
+    flags = replace(flags, prompt=typed or captions * (class_dropout < 1), **data)
     for name in {"guidance", "guidance_interval"} & {f.name for f in fields(config)}:  # for --solver own
         config = replace(config, **{name: getattr(flags, name)})
     return flags, config, timesteps, class_dropout < 1
@@ -242,18 +257,18 @@ def slerp(a, b, w):
 def time_grid(path, steps, spacing, timesteps=None):
     """steps + 1 times from noise to 0, with their alpha and sigma: [(t, alpha, sigma), ...].
 
-    path(t float64 [N]) -> (alpha, sigma). Times are distinct multiples of 1 / timesteps, or of 1e-5 in
-    continuous time (None). `trailing`: uniform in t from 1, as in diffusers. `karras`: uniform in
+    path(t float64 [N]) -> (alpha, sigma). Times are distinct multiples of 1 / timesteps, or of
+    1 / CONTINUOUS (None). `trailing`: uniform in t from 1, as in diffusers. `karras`: uniform in
     (sigma / alpha)^(1/7), EDM eq. 5. `logsnr`: uniform in log(sigma / alpha) (DPM-Solver, Lu et al. 2022).
     The last two run from sigma / alpha = 80 to 0.002, as far as there are such times, and then to 0.
     """
-    T, i = timesteps or 100_000, np.arange(steps + 1)
+    T, i = timesteps or CONTINUOUS, np.arange(steps + 1)
     alpha, sigma = path(torch.arange(T + 1, dtype=torch.float64) / T)
     ratio = (sigma / alpha).numpy()  # rises from 0, perhaps to infinity
     if spacing == "trailing":
         k = T * i / steps
     else:
-        low, high, u = max(ratio[1], 0.002), min(ratio[-1], 80.0), i[:-1] / max(steps - 1, 1)
+        low, high, u = max(ratio[1], 0.002), min(ratio[-1], 80.0), np.linspace(1, 0, steps)[::-1]
         karras = (low ** (1 / 7) + u * (high ** (1 / 7) - low ** (1 / 7))) ** 7
         wanted = karras if spacing == "karras" else low * (high / low) ** u
         k = np.append(0, np.interp(np.log(wanted), np.log(ratio[1:]), np.arange(1, T + 1)))
@@ -310,7 +325,7 @@ def load_run(path, flags):
 
     def checkpoint(step, flag):
         path = folder / "checkpoints" / f"step_{step:08d}.pt"
-        there = ", ".join(str(int(f.stem[5:])) for f in sorted(path.parent.glob("step_*.pt"))) or "none"
+        there = ", ".join(str(int(f.stem[5:])) for f in common.checkpoints(folder)) or "none"
         require(path.exists(), f"the run has no checkpoint of {flag} {step}; there are {there}")
         return path
 
@@ -330,17 +345,19 @@ def load_run(path, flags):
         for state in states:
             model = script.build_model(config)
             model.load_state_dict(state["ema" if exported else flags.weights])
-            models.append(model.eval().requires_grad_(False).to(device))
+            models.append(model.eval().requires_grad_(False))
     except (ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError, RuntimeError) as e:
         text = f"code, run.yaml and checkpoint of {folder} do not match ({common.first_line(e)})"
         raise UserError(f"{text}; restore them") from None
     flags, config, timesteps, conditional = resolve(flags, config)
     if flags.set and hasattr(script, "check"):
-        script.check(config)
+        others = {"bs": WORLD, "grad_accum": 1}  # training's needs do not matter here
+        script.check(replace(config, **{k: v for k, v in others.items() if hasattr(config, k)}))
+    models = [model.to(device) for model in models]
     return Run(folder, script, config, models, states[0]["step"], timesteps, conditional, device), flags
 
 
-def export(run, flags, y, path):
+def export(run, flags):
     """The weights, with step, contract and Config (which has the class names) in the file's metadata."""
     from safetensors.torch import save
 
@@ -380,10 +397,7 @@ def predictor(run, flags, y):
         if flags.clip_x0 == "off":
             return x0, eps
         common.check_finite(x0)  # clipping would hide it
-        limit = torch.ones_like(x0[:, :1, :1, :1])
-        if flags.clip_x0 == "dynamic":  # Saharia et al. 2022, sec. 2.3, with p = 99.5%
-            limit = x0.flatten(1).abs().quantile(0.995, dim=1).clamp(min=1).view_as(limit)
-        x0 = x0.clamp(-limit, limit) / limit
+        x0 = x0.clamp(-1, 1)
         alpha, sigma = (c.view(-1, 1, 1, 1) for c in run.script.path(t, run.config))
         return x0, (x - alpha * x0) / sigma  # the eps that belongs to it
 
@@ -410,7 +424,8 @@ def solve(run, flags, eps, y, noise=None, frames=0):
     """Standard normal eps [B, C, H, W], y [B] -> (x, about `frames` estimates of x0, each of 50 samples)."""
     if flags.solver == "own":
         x, x0s = run.script.sample(run.models[0], eps, y.to(run.device), run.config, noise)
-        return x, [x0[:50].cpu() for x0 in x0s] if frames else []
+        every = max(1, math.ceil(len(x0s) / max(1, frames)))
+        return x, [x0[:50].cpu() for x0 in x0s[-1::-every][::-1]] if frames else []
     f, grid, x0s = predictor(run, flags, y), grid_of(run, flags), []
     x = eps * math.hypot(*grid[0][1:])  # the path's own noise
     solvers = {"ddim": lambda *a: ddim(*a, flags.eta, noise), "heun": heun, "dpmpp2m": dpmpp2m}
@@ -506,7 +521,7 @@ def sample(run, flags, y, path):
             dist.destroy_process_group()
         if RANK == 0:
             pack(run, flags, y, path, [part / f"{i:08d}.npy" for i in starts], shown, prompts, settings)
-            shutil.rmtree(part)
+            shutil.rmtree(part, ignore_errors=True)  # NFS keeps a file that is open, the lock
 
 
 def pack(run, flags, y, path, files, shown, prompts, settings):
@@ -554,15 +569,15 @@ def interpolate(run, flags, y, path):
 @torch.no_grad()
 def invert_images(run, flags, y, path):
     """Held-out images of the run's dataset to noise and back; prints how much they differ."""
-    shape, config = tuple(run.script.sample_shape(run.config)), run.config
+    shape = tuple(run.script.sample_shape(run.config))
     channels, side, _ = pixels = tuple(to_images(run, torch.zeros(1, *shape)).shape[1:])
     require(pixels == shape, f"--invert is for pixels, and this run has latents {shape}; leave it out")
-    root, name = flags.data_root or getattr(config, "data_root", ""), flags.dataset or config.dataset
-    data = common.load_dataset(name, root, "test", side, channels)
+    data = common.load_dataset(flags.dataset, flags.data_root, "test", side, channels)
     facts = yaml.safe_load((run.folder / "run.yaml").read_text())
     same = facts["dataset"]["test"]["fingerprint"] == data.fingerprint()
-    require(same, f"{name} is not the run's dataset; set --dataset to that")
-    rows = torch.isin(data.labels, y).nonzero().flatten()[: flags.num_samples].tolist()
+    require(same, f"{flags.dataset} is not the run's dataset; set --dataset to that")
+    rows = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(flags.seed))
+    rows = rows[torch.isin(data.labels[rows], y)][: flags.num_samples].tolist()
     there = ", ".join(data.classes[i] for i in data.labels.unique())
     require(rows, f"--classes: no held-out image has these; there are {there}")
     images, y, grid, out = common.images_at(data.images, rows), data.labels[rows], grid_of(run, flags), []
@@ -571,13 +586,13 @@ def invert_images(run, flags, y, path):
         *_, (noise, _) = invert(f, x.to(run.device), grid, 1 / (run.timesteps or 1000))
         *_, (recon, _) = ddim(f, noise, grid)
         out.append(torch.stack([x, noise.cpu(), recon.cpu()]))
-    images, noise, recon = out = torch.cat(out, dim=1)
+    images, noise, recon = out = torch.cat(out, dim=1)  # each [N, C, H, W]
     mse = (recon.clamp(-1, 1) - images).square().mean()
     common.print0(f"{len(y)} images, {flags.steps} steps to noise and back, guidance {flags.guidance:g}")
     common.print0(f"RMS error {mse.sqrt():.4f} on [-1, 1] (PSNR {10 * (4 / mse).log10():.1f} dB)")
     common.print0(f"the noise has mean {noise.mean():.3f} and standard deviation {noise.std():.3f}")
     path = path.with_name(f"{path.name}_invert")
-    draw_grid(run, path, torch.cat([part.flatten(0, 1) for part in out.split(10, dim=1)]))
+    draw_grid(run, path, out.transpose(0, 1).flatten(0, 1), columns=12)  # image, noise, image, noise, ...
 
 
 def compare(run, flags, y, path):
@@ -626,12 +641,15 @@ def output_path(run, flags, given):
 
 def main(argv):
     path = argv[0] if argv and not argv[0].startswith("-") else ""
-    given = common.parse(Config, __doc__, argv[1:]) if path or {"-h", "--help"} & {*argv} else None
-    require(given, "the run's folder comes first: ddim_sample.py RUN [FLAGS]")
+    text = "the run's folder comes first: ddim_sample.py RUN [FLAGS]"
+    require(path or {"-h", "--help"} & {*argv}, text)
+    given = common.parse(Config, __doc__, argv[bool(path) :])
     run, flags = load_run(path, given)
     typed = flags.prompt if given.prompt or given.prompts else flags.classes
     y = run.script.conditions(list(typed), run.config)
-    modes = {"interpolate": interpolate, "invert": invert_images, "compare": compare, "export": export}
+    if flags.export:
+        return export(run, flags)
+    modes = {"interpolate": interpolate, "invert": invert_images, "compare": compare}
     mode = next((modes[m] for m in modes if getattr(flags, m)), sample)
     path = output_path(run, flags, given)
     if flags.prompt and RANK == 0:

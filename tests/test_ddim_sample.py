@@ -30,6 +30,7 @@ from safetensors import safe_open
 import common
 import ddim_sample as d
 import ddpm_unet_mnist as ddpm
+import rf_dit_cifar as rf
 
 NAME = "ddim_sample.py"
 ROOT = Path(d.__file__).parent
@@ -293,7 +294,7 @@ def test_grids_fall_strictly_over_trained_times(spacing, steps, schedule):
     assert torch.equal(torch.tensor(grid, dtype=torch.float64)[:, 1:].T, torch.stack(want))
     if spacing == "trailing":
         assert t == pytest.approx(np.linspace(1, 0, steps + 1), abs=6e-4)
-    elif steps == 50 and schedule != "cosine":
+    elif steps in (1, 50) and schedule != "cosine":
         noisy = np.array([s / a for _, a, s in grid[:-1]])
         bent = {"karras": noisy ** (1 / 7), "logsnr": np.log(noisy)}[spacing]
         head = bent[:20]  # where rounding to 1 / T does not matter
@@ -310,21 +311,6 @@ def test_slerp():
             1, abs=0.05
         )  # unlike a mean's 0.7
     torch.testing.assert_close(d.slerp(a, b, torch.tensor(0.3)), d.slerp(b, a, torch.tensor(0.7)))
-
-
-def test_dynamic_thresholding():
-    """The top half percent is cut and the rest scaled into [-1, 1], image by image; eps follows x0."""
-    cfg = ddpm.Config(objective="x0", class_dropout=1.0)
-    big = (
-        torch.stack([torch.linspace(-3, 3, 400), torch.linspace(-0.5, 0.5, 400)]).view(2, 1, 20, 20).double()
-    )
-    x, t = seeded(1, (2, 1, 20, 20)), 0.5
-    x0, eps = predictor(cfg, lambda k: big, clip_x0="dynamic")(x, t, 0.4)
-    top = big[0].abs().flatten().quantile(0.995)
-    torch.testing.assert_close(x0[0], (big[0] / top).clamp(-1, 1))
-    assert torch.equal(x0[1], big[1])
-    alpha, sigma = ddpm.path(torch.tensor([t]).double(), cfg)
-    torch.testing.assert_close(alpha * x0 + sigma * eps, x, rtol=1e-5, atol=1e-6)
 
 
 def test_predict_gets_guidance_in_its_interval_and_both_times():
@@ -470,8 +456,8 @@ def test_code_weights_and_configuration_come_from_the_run(run, main, script, tmp
     assert not np.array_equal(a[0], arrays(tmp_path / "c")[0])
 
 
-def test_a_run_of_the_first_script(main, script, tmp_path):
-    p = script("ddpm_unet_mnist.py", *TINY, "--dataset", "digits", "--steps", 2, "--eval-every", 0)
+def test_a_run_of_the_first_script(few, main, script, tmp_path):
+    p = script("ddpm_unet_mnist.py", *TINY, "--dataset", few, "--steps", 2, "--eval-every", 0)
     assert p.returncode == 0, p.err
     (run,) = (tmp_path / "logs" / "ddpm").iterdir()
     main(run, "--num-samples", 3, "--solver", "heun", "--npz", "--steps", 2)
@@ -663,6 +649,33 @@ class RunConfig:
     seed: int = 0  # seed
 
 
+def test_the_own_sampler_of_a_run_whatever_it_needs_to_train(run, monkeypatch, tmp_path):
+    """A batch that three processes cannot share does not matter to them."""
+    monkeypatch.setitem(sys.modules, "common", common)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(d, "WORLD", 3)
+    loaded, _ = d.load_run(str(run), d.Config(solver="own", set=("churn=0.5",)))
+    assert loaded.config.churn == 0.5 and loaded.config.bs % 3
+
+
+def test_the_gif_of_the_own_sampler_has_so_many_frames(run, main):
+    main(run, *"--solver own --set sampling_steps=30 --frames 5 --num-samples 2".split())
+    (gif,) = (run / "samples").glob("*_own_*.gif")
+    assert 3 <= Image.open(gif).n_frames <= 5
+
+
+def test_guidance_and_its_interval_are_the_runs_own():
+    for script, own in ((rf, (0.1, 0.8)), (ddpm, (0.0, 1.0))):
+        config = script.Config(guidance=3.0, **({"guidance_interval": own} if script is rf else {}))
+        flags, config, *_ = d.resolve(d.Config(solver="own"), config)
+        assert flags.guidance == config.guidance == 3 and flags.guidance_interval == own
+    flags, config, *_ = d.resolve(d.Config(guidance=2, guidance_interval=(0.0, 0.5)), rf.Config())
+    assert flags.guidance_interval == config.guidance_interval == (0, 0.5) and config.guidance == 2
+    with pytest.raises(common.UserError, match="--steps is 100001; it must be from 0 to 100000"):
+        d.resolve(d.Config(steps=100_001), rf.Config())
+
+
 def test_set_changes_only_fields_about_guidance_and_sampling():
     def parsed(*items):
         return d.parse_settings(items, RunConfig)
@@ -700,7 +713,7 @@ def test_a_sample_depends_on_seed_and_number_alone(run, main, tmp_path):
             "--clip-x0 off",
             "--weights model",
         ],
-        *["--clip-x0 dynamic", "--step 20", "--classes 3", "--seed 2"],
+        *["--step 20", "--classes 3", "--seed 2"],
     ],
 )
 def test_each_flag_changes_the_samples_and_the_name(run, main, tmp_path, flags):
@@ -864,6 +877,17 @@ def test_inverted_images_come_back(run, main):
         out = main(run, "--invert", "--num-samples", 20, "--steps", steps)
         errors.append(float(re.search(r"RMS error ([\d.]+) on", out)[1]))
     assert errors[1] < 0.5 * errors[0] and errors[1] < 0.05, errors
+    (picture,) = (run / "samples").glob("*_ddim100_*invert.png")  # an image, its noise, and the image again
+    sheet = np.asarray(Image.open(picture).convert("L")).astype(int)[8:, 8:]
+    assert sheet.shape == (5 * 72, 12 * 72)
+    data = common.load_dataset("digits", split="test", image_size=16)
+    images, found = data.images[:, 0].numpy().astype(int), set()
+    for row, column in np.ndindex(5, 4):
+        tiles = [sheet[row * 72 :, (3 * column + j) * 72 :][:64:4, :64:4] for j in (0, 2)]
+        i = np.abs(images - tiles[0]).max((1, 2)).argmin()
+        assert np.abs(tiles[0] - images[i]).max() <= 1 and np.abs(tiles[1] - images[i]).mean() < 10
+        found.add(int(data.labels[i]))
+    assert len(found) > 5  # a folder's images are sorted by class
     assert "guidance 1" in out and list((run / "samples").glob("*_ddim100_*invert.png"))
 
 
@@ -936,8 +960,13 @@ def damaged(run, how):
         (
             "",
             "--solver own --steps 3 --spacing karras --clip-x0 on",
-            "--solver own has no --steps, --spacing, --clip-x0; use --set",
+            "--solver own has no --steps, --spacing, --clip-x0; leave it out, or use --set",
         ),
+        ("", "--solver own --guidance-interval 0 0.5", "own has no --guidance-interval; leave it"),
+        ("", "--solver own --interpolate 3", "--interpolate has no --solver own; use another"),
+        ("", "--set sampling_steps=9 churn=0.5", "--set sampling_steps is for the .*; add --solver own"),
+        ("", "--invert --num-samples 1001", "--num-samples: too many for a picture; use at most 1000"),
+        ("", "--export .", "--export is not the name of a file"),
         ("", "--step 30", "no checkpoint of --step 30; there are 20, 40"),
         ("", "--guide 30 --guidance 2", "no checkpoint of --guide 30; there are 20, 40"),
         ("", "--guide 20 --guidance 1", "--guide has no effect at guidance 1"),
@@ -1001,6 +1030,13 @@ def test_no_run(main, capsys, argv, match):
         main(*argv)
     text = capsys.readouterr().err
     assert e.value.code == 2 and text.startswith("error: ") and text.count("\n") == 1 and match in text
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["RUN", "--help"]])
+def test_help(main, capsys, argv):
+    with pytest.raises(SystemExit) as e:
+        main(*argv)
+    assert e.value.code == 0 and "--guidance-interval" in capsys.readouterr().out
 
 
 def test_a_part_folder_of_other_settings_or_in_use_is_not_touched(run, main, capsys):

@@ -381,7 +381,7 @@ def test_lion_is_algorithm_2_and_never_applies_what_is_not_finite(fork, train, m
         for p, before in zip(model.parameters(), start, strict=True):
             p.grad = torch.randn_like(p)
             m = momentum.get(id(p), torch.zeros_like(p))
-            lr, update = cfg.lr, (0.9 * m + 0.1 * p.grad).sign()  # at step 0, sign(g)
+            lr, update = cfg.lr / 5, (0.9 * m + 0.1 * p.grad).sign()  # at step 0, sign(g)
             before.copy_(before - lr * (update + decay[id(p)] * before))
             momentum[id(p)] = 0.99 * m + 0.01 * p.grad
         optimizer.found_inf = torch.zeros(())
@@ -496,7 +496,7 @@ def test_inpaint_keeps_the_known_pixels(solver, fork, train, main, tmp_path, mon
     """And only these; what the network sees of them has the noise of its time."""
     d, seen, pictures = fork("inpaint"), [], []
     monkeypatch.setattr(test_ddim_sample, "d", d)  # of main()
-    monkeypatch.setattr(d, "draw_grid", lambda run, path, x, *_: pictures.append((path, x)))
+    monkeypatch.setattr(d, "draw_grid", lambda run, path, x, **_: pictures.append((path, x)))
     original = d.load_run
 
     def load_run(*args):
@@ -521,11 +521,11 @@ def test_inpaint_keeps_the_known_pixels(solver, fork, train, main, tmp_path, mon
         main(run, *flags, "--bs", 9, *classes)
         path, x = pictures.pop()
         assert path.name.endswith("_inpaint_hole")
-        rows = (x[i : i + 3 * k].unflatten(0, (3, k)) for i, k in ((0, 10), (30, 10), (60, 3)))
-        image, masked, filled = torch.cat([*rows], dim=1)
+        image, masked, filled = x.unflatten(0, (23, 3)).unbind(1)
         known = torch.from_numpy(holes == 0).expand_as(image)
         pick = held_out.labels == 3 if classes else slice(None)
-        assert torch.equal(image, held_out.images[pick][:23] / 127.5 - 1)
+        there = held_out.images[pick].flatten(1) / 127.5 - 1
+        assert all((there == v).all(1).any() for v in image.flatten(1))
         assert torch.equal(filled[known], image[known]) and torch.equal(masked[known], image[known])
         assert (filled != image)[~known].float().mean() > 0.99 and not masked[~known].any()
         assert (filled[:1] != filled[1:])[~known[1:]].float().mean() > 0.99
