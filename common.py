@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -60,7 +59,7 @@ def exit_on_user_error():
     except UserError as e:
         message = str(e)
     except torch.OutOfMemoryError as e:
-        message = f"{first_line(e)}; a step needs less memory with --grad-accum or --grad-checkpoint"
+        message = f"{first_line(e)}; use --grad-accum or --grad-checkpoint, and a smaller --bs to sample"
     except torch._dynamo.exc.TorchDynamoException as e:
         message = f"torch.compile failed ({first_line(e)}); use --compile off"
     except BrokenPipeError:  # of `| head`
@@ -438,6 +437,7 @@ def _files(root, split, size, channels, max_bytes, captions=False):
         _, channels, _, size = _files(root, "train", size, channels, max_bytes).images.shape
     files = [f for _, f in splits[split]]
     size = size or images_at(ImageFiles(files, 0, 1), [0]).shape[-1]
+    require(size <= 4096, f"{root} has images of {size} pixels; set --image-size, at most 4096")
     images = ImageFiles(files, size, channels or 3)
     if math.prod(images.shape) > max_bytes:  # too large to read only to identify it: file sizes do
         checksums = np.array([images.file_size(i) for i in range(len(files))])
@@ -518,9 +518,15 @@ def find_splits(root, paths):
 
 def list_files(root):
     """Names of all files in a folder or .zip in natural order, without hidden ones. Links are followed."""
+    hidden = re.compile(r"(^|[/\\])(\.(?!\.?[/\\])|__MACOSX|@eaDir|lost\+found)")
+
+    def fail(e):  # os.walk would leave out a folder that it may not read
+        if not hidden.search(str(e.filename)[len(str(root)) :]):
+            raise e
+
     if root.is_dir():
         names = []
-        for folder, subfolders, files in os.walk(root, followlinks=True):
+        for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
             names += [os.path.relpath(os.path.join(folder, f), root) for f in files]
             for f in [*subfolders]:  # a link to a parent would never end; a run is not a dataset
                 endless = f"{os.path.realpath(folder)}/".startswith(f"{os.path.realpath(f'{folder}/{f}')}/")
@@ -531,7 +537,6 @@ def list_files(root):
             names = [n for n in open_zip(root).namelist() if n[-1:] not in ("", "/", "\\")]
         except (OSError, zipfile.BadZipFile) as e:
             raise UserError(f"{root} is not a folder or .zip of images ({first_line(e)}); use one") from None
-    hidden = re.compile(r"(^|[/\\])(\.(?!\.?[/\\])|__MACOSX|@eaDir)")
     return sorted((n for n in names if not hidden.search(n)), key=natural)
 
 
@@ -807,9 +812,16 @@ def print0(text):
 def find_run(path):
     """RUN or RUN/checkpoints/step_X.pt -> RUN. Raises UserError."""
     run = Path(path).parent.parent if str(path).endswith(".pt") else Path(path)
-    exists = Path(path).exists() and (run / "run.yaml").exists()
-    require(exists, f"{path} is not a run (no {run / 'run.yaml'}); use a folder logs/METHOD/NAME")
+    text = f"{path} is not a run (no {run / 'run.yaml'}); use a folder logs/METHOD/NAME"
+    require((run / "run.yaml").exists(), text)
+    there = ", ".join(f.name for f in checkpoints(run)) or "none"
+    require(Path(path).exists(), f"the run has no checkpoint {Path(path).name}; there are {there}")
     return run
+
+
+def checkpoints(run):
+    """step_00001000.pt, ... of a run, oldest first. Other files there are the user's."""
+    return sorted((run / "checkpoints").glob(f"step_{'[0-9]' * 8}.pt"))
 
 
 def lock(file, wait=False):
@@ -858,7 +870,7 @@ def newest_checkpoint(path):
     if str(path).endswith(".pt"):
         return load_checkpoint(path)
     run = find_run(path)
-    files = sorted((run / "checkpoints").glob("step_*.pt"), reverse=True)
+    files = checkpoints(run)[::-1]
     require(files, f"{run} has no checkpoint; run it again with --config {run}/run.yaml")
     for file, older in itertools.zip_longest(files, files[1:]):
         try:
@@ -944,7 +956,8 @@ class Run:
         self.cfg, self.script, self.rank, self.stopping, self.dir = cfg, Path(script), rank, False, None
         self.step = self.start_step = self.num_skipped = self.bad_steps_in_a_row = 0
         self.seconds, self.agreed = 0.0, (False, 0.0)
-        self.pending, self.last, self.checkpoint = [], {}, None
+        self.pending, self.last, self.checkpoint, self.config = [], {}, None, None
+        self.code = {f.name: f.read_bytes() for f in (self.script, Path(__file__))}  # it may be edited soon
         for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(s, self._stop)
         if not cfg.resume:
@@ -964,6 +977,10 @@ class Run:
             require(was == now, f"{text}; leave it out, or start a new run")
 
     def _stop(self, number, _):
+        if not self.config:  # datasets are being read or encoded: nothing is there to save
+            print0("stopped by a signal; the same command continues")
+            THREADS.shutdown(wait=False, cancel_futures=True)
+            sys.exit(EXIT_PREEMPTED)
         if self.stopping and number == signal.SIGINT:
             raise KeyboardInterrupt  # Ctrl-C twice; launchers repeat the other signals
         self.stopping = True
@@ -1022,8 +1039,8 @@ class Run:
             facts = was | {"config": facts["config"]}
         else:
             self._open(self._make_folder(name))
-            for file in (self.script, Path(__file__)):
-                shutil.copy2(file, self.dir / "code")
+            for file, text in self.code.items():
+                (self.dir / "code" / file).write_bytes(text)
         text = yaml.safe_dump(facts, sort_keys=False, default_flow_style=None)
         write_atomically(self.dir / "run.yaml", lambda f: f.write(text.encode()))
         if job := os.environ.get("DIFFUSION_JOB"):  # of slurm/run.sh: run and job name each other
@@ -1040,8 +1057,8 @@ class Run:
 
     def truncate_logs(self):
         """Moves what was logged, saved or sampled after the checkpoint to files named .old."""
-        for file in self.dir.rglob(".*.tmp"):  # of a killed process, see write_atomically
-            file.unlink()
+        for file in (f for sub in (".", "checkpoints", "metrics") for f in (self.dir / sub).glob(".*.tmp")):
+            file.unlink()  # of a killed process, see write_atomically
         for file in (self.dir / "metrics").glob("*.jsonl"):
             lines = [x for x in file.read_text().splitlines(True) if x.endswith("}\n")]  # not torn
             kept = [x for x in lines if json.loads(x)["step"] <= self.step]
@@ -1049,7 +1066,7 @@ class Run:
                 with open(f"{file}.old", "a") as f:
                     f.writelines(lines[len(kept) :])
             write_atomically(file, lambda f, kept=kept: f.write("".join(kept).encode()))
-        for file in [*self.dir.glob("checkpoints/step_*.pt"), *self.dir.glob("samples/step_*[gn][if]*")]:
+        for file in [*checkpoints(self.dir), *self.dir.glob(f"samples/step_{'[0-9]' * 8}*")]:
             if file.suffix != ".old" and int(file.name[5:13]) > self.step:
                 file.rename(f"{file}.{time.time_ns()}.old")
 
@@ -1138,7 +1155,7 @@ class Run:
         state |= {"step": self.step, "seconds": seconds, "skipped": self.num_skipped, "config": self.config}
         folder = self.dir / "checkpoints"
         write_atomically(folder / f"step_{self.step:08d}.pt", lambda f: torch.save(state, f))
-        for old in sorted(folder.glob("step_*.pt"))[: -self.cfg.keep]:
+        for old in checkpoints(self.dir)[: -self.cfg.keep]:
             if not self.cfg.keep_every or int(old.stem[5:]) % self.cfg.keep_every:
                 old.unlink()
 
@@ -1152,9 +1169,11 @@ class Run:
             sys.exit(EXIT_PREEMPTED)
         print0("time    " + ", ".join(f"{k} {v:.1f} s" for k, v in timer.seconds.items()))
         print0(f"done    step {self.step}, " + ", ".join(f"{k} {v:.4f}" for k, v in self.last.items()))
-        for label, pattern in (("saved  ", "checkpoints/step_*.pt"), ("look at", "samples/step_*.gif")):
-            if self.rank == 0 and (files := sorted(self.dir.glob(pattern))):
-                print0(f"{label} {files[-1]}")
+        if self.rank == 0:
+            pictures = sorted(self.dir.glob("samples/step_*.gif"))
+            for label, files in {"saved  ": checkpoints(self.dir), "look at": pictures}.items():
+                if files:
+                    print0(f"{label} {files[-1]}")
 
 
 @contextlib.contextmanager

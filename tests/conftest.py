@@ -10,6 +10,7 @@ import pytest
 # Two tests at once (-n 2) have a thread each; those of scripts, which have two, must not spin when they wait.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -48,6 +49,16 @@ def digits_are_drawn_once(request, monkeypatch):
 
     if request.module.__name__ != "test_common":
         monkeypatch.setattr(common, "load_dataset", once)
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory):
+    """A folder of 200 digits in classes, for scripts that run as processes: drawing all takes seconds."""
+    home, data = tmp_path_factory.mktemp("images") / "few", draw("digits", image_size=16)
+    for i in range(200):
+        (home / str(i % 10)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(data.images[i, 0].numpy()).save(home / str(i % 10) / f"{i}.png")
+    return home
 
 
 @pytest.fixture

@@ -248,6 +248,8 @@ def test_resume_refuses_flags_and_code_that_would_change_the_experiment(tmp_path
         resume("--lr", "0.02")
     with pytest.raises(UserError, match="--kind is b, but a in"):  # newer than the run, which has the default
         resume("--kind", "b")
+    with pytest.raises(UserError, match="^the run has no checkpoint step_9.pt; there are step_00000004.pt$"):
+        common.find_run(tmp_path / "checkpoints" / "step_9.pt")
     code = tmp_path / "code" / Path(__file__).name
     code.write_text("")
     with pytest.raises(UserError, match=f"^{code.name} differs .*; use python {code} --resume {tmp_path}, "):
@@ -349,7 +351,7 @@ def test_errors_of_the_user_are_one_line_and_bugs_keep_their_traceback(capsys):
         (UserError("no such thing; use another"), "no such thing; use another"),
         (OSError(28, "disk full"), "disk full: the run folder; free some space, or set another folder .*"),
         (OSError(36, "File name too long", "x" * 300), "File name too long: x{300}; use another path"),
-        (torch.OutOfMemoryError("no memory\nmore"), "no memory; .* --grad-accum or --grad-checkpoint"),
+        (torch.OutOfMemoryError("no memory\nmore"), "no memory; use --grad-accum or .* --bs to sample"),
     ):
         with pytest.raises(SystemExit) as e, common.exit_on_user_error():
             raise error
@@ -441,6 +443,16 @@ def test_readme_has_each_section_once_and_only_flags_that_exist():
     for name, flags in calls:
         flags = re.sub(r"--(resume|config) \S+|^ logs/\S+", "", flags)  # paths of the reader's own runs
         common.parse(importlib.import_module(name).Config, "", shlex.split(flags))
+
+
+def test_readme_names_only_flags_that_exist():
+    """Also in its sentences, and those of the tools and forks."""
+    root, tools = Path(common.__file__).parent, ("quality", "compare", "gpu", "benchmark")
+    known = {f.name for n in (*SCRIPTS, *tools) for f in fields(importlib.import_module(n).Config)}
+    known |= {"teacher", "help"}  # of a fork
+    known |= {*"standalone nproc_per_node nodes gpus_per_node cpus_per_task dist".split()}  # of launchers
+    flags = re.findall(r"(?<![\w-])--([a-z][a-z-]+)", (root / "README.md").read_text())
+    assert len({*flags}) > 30 and {f.replace("-", "_") for f in flags} <= known
 
 
 def test_example_runs_can_be_run_again():

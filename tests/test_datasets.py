@@ -508,6 +508,31 @@ def test_images_without_any_caption_have_none(tmp_path):
     assert common.load_dataset(str(path), captions=True).captions == []
 
 
+def test_a_folder_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
+    """It would be left out, and nobody told; but not a file system's own. (Who runs this may read all.)"""
+    path, scandir, refused = folder(tmp_path / "set", images(cat=5, dog=5)), os.scandir, "lost+found"
+    (path / refused).mkdir()
+
+    def refuse(name):
+        if str(name).endswith(refused):
+            raise PermissionError(13, "Permission denied", name)
+        return scandir(name)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert common.load_dataset(str(path)).classes == ["cat", "dog"]
+    refused = "dog"
+    with pytest.raises(PermissionError) as e:
+        common.load_dataset(str(path))
+    assert e.value.filename == str(path / "dog")
+
+
+def test_images_of_many_pixels_need_a_size(tmp_path):
+    Image.new("L", (4097, 4097)).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match="has images of 4097 pixels; set --image-size, at most 4096"):
+        common.load_dataset(str(tmp_path))
+    assert common.load_dataset(str(tmp_path), image_size=8).images.shape == (1, 1, 8, 8)
+
+
 PATHS = """
 import sys, common, ddpm_unet_mnist as ddpm
 for flags in (

@@ -11,6 +11,7 @@ import time
 import zipfile
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,6 +91,19 @@ def test_sigterm_in_the_middle_of(tmp_path, monkeypatch, capsys, script, during)
     assert {f.name for f in (run / "samples").iterdir()} == {f.name for f in (whole / "samples").iterdir()}
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_before_there_is_a_run_ends_at_once(tmp_path, monkeypatch, capsys, number):
+    """As long as a VAE trains, or images are read: minutes."""
+    load, shut = common.load_dataset, []
+    monkeypatch.setattr(
+        common, "load_dataset", lambda *a, **more: os.kill(os.getpid(), number) or load(*a, **more)
+    )
+    monkeypatch.setattr(common, "THREADS", SimpleNamespace(shutdown=lambda **how: shut.append(how)))
+    status, _ = train(ddpm, tmp_path, monkeypatch, "--steps", 12)
+    assert status == common.EXIT_PREEMPTED and not list(tmp_path.rglob("run.yaml"))
+    assert "stopped by a signal; the same command continues" in capsys.readouterr().out and len(shut) == 1
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path, monkeypatch):
     original = common.Run.log
 
@@ -136,10 +150,10 @@ def test_sigterm_while_threads_decode(tmp_path, monkeypatch):
     assert steps(run) == list(range(1, last + 4))
 
 
-def test_a_lost_process_ends_the_others(script, tmp_path):
+def test_a_lost_process_ends_the_others(few, script, tmp_path):
     """kill -9 of one of two: torchrun ends the other, and the run goes on, also as one process."""
     prefix = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    flags = [*TINY, *SMALL[ddpm], "--eval-every", 0, "--save-every", 5, "--steps"]
+    flags = [*TINY, *SMALL[ddpm], "--dataset", few, "--eval-every", 0, "--save-every", 5, "--steps"]
     process = script(
         "ddpm_unet_mnist.py", *flags, 100_000, prefix=prefix, env={"OMP_NUM_THREADS": "1"}, wait=False
     )

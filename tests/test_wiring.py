@@ -256,11 +256,13 @@ OPTIMIZERS = [adamw, torch.optim.NAdam, torch.optim.RMSprop, torch.optim.SGD, to
 
 
 @pytest.mark.parametrize(
-    "kind", OPTIMIZERS, ids=["AdamW, not fused", "NAdam", "RMSprop", "SGD", "AdamW, fused"]
+    "script, kind",
+    [*((rf, kind) for kind in OPTIMIZERS), (ld, None)],
+    ids=["AdamW, not fused", "NAdam", "RMSprop", "SGD", "AdamW, fused", "the latent DiT's own"],
 )
-def test_a_step_that_is_not_finite_is_never_applied_whatever_the_optimizer(train, monkeypatch, kind):
+def test_a_step_that_is_not_finite_is_never_applied_whatever_the_optimizer(train, monkeypatch, script, kind):
     """A fork's, in place of the script's: fused ones skip by themselves, others are not called."""
-    original, calls = rf.loss_per_sample, []
+    original, calls = script.loss_per_sample, []
 
     def sabotaged(model, *args):
         calls.append(torch.is_grad_enabled())  # the first is a trial
@@ -272,9 +274,9 @@ def test_a_step_that_is_not_finite_is_never_applied_whatever_the_optimizer(train
         optimizer.param_groups[0]["base_lr"] = 1e-3
         return optimizer
 
-    monkeypatch.setattr(rf, "loss_per_sample", sabotaged)
-    monkeypatch.setattr(rf, "make_optimizer", make_optimizer)
-    run = train(rf, "--steps", 6, "--save-every", 1, "--keep", 9, "--eval-every", 0)
+    monkeypatch.setattr(script, "loss_per_sample", sabotaged)
+    monkeypatch.setattr(script, "make_optimizer", make_optimizer if kind else script.make_optimizer)
+    run = train(script, "--steps", 6, "--save-every", 1, "--keep", 9, "--eval-every", 0)
     assert [x["step"] for x in lines(run) if x.get("skipped")] == [3, 4]
     state = [common.load_checkpoint(f)["model"] for f in sorted((run / "checkpoints").iterdir())]
     moved = [any(not torch.equal(a[k], b[k]) for k in a) for a, b in zip(state, state[1:], strict=False)]
@@ -339,6 +341,13 @@ def test_compiled_runs_resume_bit_for_bit(script, train, two_threads, monkeypatc
         ld: ["--dim", 128, "--bs", 64, "--text", "on"],
     }
     flags = [*large[script], "--steps", 24, "--save-every", 12, "--eval-every", 0, "--sample-every", 0]
+    if script is ld:  # the average, whose graph is for any batch size, is compiled in the other two
+        prepare = common.prepare
+
+        def without(model, cfg, *args, dynamic=False):
+            return prepare(model, replace(cfg, compile="off") if dynamic else cfg, *args, dynamic=dynamic)
+
+        monkeypatch.setattr(common, "prepare", without)
     run = train(script, *flags, compiled=True)
     whole, losses = weights(run), [x["loss"] for x in lines(run)]
     state = common.newest_checkpoint(run)
@@ -391,11 +400,39 @@ def test_nothing_that_was_recorded_gets_lost(train):
         old = [json.loads(x) for x in (run / "metrics" / f"{name}.jsonl.old").read_text().splitlines()]
         assert old == before[name][-later:] and lines(run, name)[:-1] == before[name][:-later]
     (old,) = (run / "checkpoints").glob("step_00000006.pt.*.old")
-    assert list((run / "samples").glob("step_00000006.gif.*.old"))
+    for kind in ("gif", "png"):
+        assert list((run / "samples").glob(f"step_00000006.{kind}.*.old"))
     first = old.read_bytes()
     for _ in range(2):
         train(rf, "--resume", run / "checkpoints" / "step_00000004.pt", "--steps", 6)
     assert old.read_bytes() == first and len(list(old.parent.glob("step_00000006.pt.*.old"))) == 2
+
+
+def test_other_files_beside_checkpoints_are_the_users(train, main):  # noqa: F811
+    """Neither the newest, nor removed, nor in the way."""
+    run = train(rf, "--steps", 4, "--eval-every", 0)
+    kept = run / "checkpoints" / "step_00000004.pt"
+    others = [kept.with_name(name) for name in ("step_best.pt", "step_00000001_copy.pt")]
+    for other in others:
+        shutil.copy(kept, other)
+    train(rf, "--resume", run, "--steps", 8, "--save-every", 2, "--keep", 1, "--keep-every", 6)
+    there = [*others, *(kept.with_name(f"step_0000000{i}.pt") for i in (6, 8))]
+    assert sorted(kept.parent.iterdir()) == sorted(there) and len(lines(run)) == 8
+    for more in ([], ["--step", 6]):
+        out = main(run, *more, "--steps", 1, "--num-samples", 2)
+        assert f"step_0000000{6 if more else 8}_ddim1" in out
+
+
+def test_the_runs_code_is_that_which_runs(train, monkeypatch, tmp_path):
+    """Not an edit made while the data is loaded."""
+    copy = tmp_path / "rf_dit_cifar.py"
+    shutil.copy(rf.__file__, copy)
+    monkeypatch.setattr(rf, "__file__", str(copy))
+    build = rf.build_model
+    monkeypatch.setattr(rf, "build_model", lambda cfg: copy.write_text("# edited\n") and build(cfg))
+    run = train(rf, "--steps", 2, "--eval-every", 0)
+    kept = (run / "code" / "rf_dit_cifar.py").read_text()
+    assert copy.read_text() == "# edited\n" and kept == (Path(common.__file__).parent / copy.name).read_text()
 
 
 def test_edited_code_is_refused_with_two_ways_on(train, script, main, capsys):  # noqa: F811
@@ -437,7 +474,7 @@ def test_a_longer_run_that_is_stopped_goes_on_to_its_end(train, monkeypatch):
     """By --resume RUN, as it says when it stops: what was changed on resuming is the run's from then on."""
     run = train(rf, "--steps", 3, "--eval-every", 0)
     with monkeypatch.context() as m:
-        at_step(m, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_step(m, 5, lambda: os.kill(os.getpid(), signal.SIGINT))  # Ctrl-C
         train(rf, "--resume", run, "--steps", 9, status=common.EXIT_PREEMPTED)
     train(rf, "--resume", run)
     assert len(lines(run)) == 9
@@ -529,6 +566,8 @@ def test_prompts_are_sampled_and_kept(tmp_path, train, main, capsys):  # noqa: F
     main(run, "--num-samples", 2, "--compare", *typed)
     main(run, *flags, "--interpolate", 3, "--solver", "heun")  # prompts of the run
     main(run, "--num-samples", 5, "--solver", "own", "--set", "sampling_steps=2", *typed)
+    main(run, "--export", tmp_path / "x.safetensors", "--prompt", "a 7")
+    assert not list((run / "samples").glob("*own50*")) and len(list((run / "samples").glob("*.txt"))) == 4
     names = config(run)["prompts"]
     assert [*(run / "samples").glob("*interpolate3.txt")][0].read_text().splitlines() == names
     (tmp_path / "empty.txt").write_text("\n")
