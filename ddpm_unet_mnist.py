@@ -178,7 +178,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.heads = max(1, channels // 64)
+        self.heads = math.gcd(channels, max(1, channels // 64))  # of about 64 channels
         self.norm, self.qkv = Norm(channels), nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.proj.weight)

@@ -7,7 +7,7 @@ attention for both (Chen et al. 2025, "DiT-Air", arXiv:2503.10618). Time t runs 
 
     python latent_dit_sdvae.py --dataset FOLDER                        256 pixels, DiT-B/2, one GPU
     python latent_dit_sdvae.py --dataset FOLDER --text on              with the captions beside the images
-    python latent_dit_sdvae.py --vae train --image-size 0 --patch 1    no download: trains a VAE first
+    python latent_dit_sdvae.py --vae train --image-size 0 --patch 1    trains a VAE first, on the dataset
     python latent_dit_sdvae.py --resume logs/rf/RUN                    continues a run
     torchrun --standalone --nproc-per-node=2 latent_dit_sdvae.py       the same batch on 2 GPUs
     python ddim_sample.py logs/rf/RUN                                  samples a run
@@ -17,6 +17,7 @@ On two CPU cores, the README's command goes from nothing to MNIST digits in ten 
 
 import functools
 import hashlib
+import inspect
 import math
 import os
 import random
@@ -143,6 +144,10 @@ def check(cfg):
 
 def load_vae(path, device, expected_hash=""):
     """An AutoencoderKL or AutoencoderTiny of diffusers, by hub id or folder, frozen. Raises UserError."""
+    own = Path(__file__).parent / "vae"  # in a run's code folder, wherever that was moved
+    if expected_hash and own.exists() and (own.parents[1] / "run.yaml").exists():
+        gone = os.path.isabs(path) and not os.path.exists(path)
+        path = str(own) if gone or weights_hash(read_vae(str(own), device)) == expected_hash else path
     vae = read_vae(path, device)
     same = expected_hash in ("", weights_hash(vae))
     require(same, f"VAE {path} is not the one that this run was trained with; restore it")
@@ -156,8 +161,6 @@ def read_vae(path, device):
 
     diffusers.utils.logging.set_verbosity_error()  # our error is one line
     huggingface_hub.utils.logging.set_verbosity_error()
-    own = Path(__file__).parent / "vae"  # in a run's code folder, wherever that was moved
-    path = own if (own.parents[1] / "run.yaml").exists() and own.exists() else path
     try:
         name = diffusers.AutoencoderKL.load_config(path)["_class_name"]
         if name not in ("AutoencoderKL", "AutoencoderTiny"):
@@ -263,7 +266,8 @@ def train_vae(data, folder, cfg, device):
 def load_data_and_vae(cfg, device, rank, world):
     """-> (cfg with its derived fields, training set, held-out set, VAE). Raises UserError."""
     run = cfg.resume and common.find_run(cfg.resume)
-    path, channels = str(Path(cfg.vae).resolve() if Path(cfg.vae).exists() else cfg.vae), cfg.channels
+    there = cfg.vae != "train" and Path(cfg.vae).exists()  # ./train is a folder
+    path, channels = str(Path(cfg.vae).resolve() if there else cfg.vae), cfg.channels
     if run and (run / "code" / "vae").exists():
         path = str(run / "code" / "vae")
     if path != "train":
@@ -292,8 +296,9 @@ def load_data_and_vae(cfg, device, rank, world):
     cfg = prepare_text(cfg, data)
     check(cfg)
     if path == "train":
-        name = f"vae_{data.name[:40]}_{C}x{side}_{data.fingerprint()[:8]}_steps{cfg.vae_steps}_seed{cfg.seed}"
-        folder = cache_folder(cfg) / (name + "_flip" * flip)
+        key = derive_seed(data.fingerprint(), flip, shape, CODE["train_vae"])
+        name = f"vae_{data.name[:40]}_{C}x{side}_steps{cfg.vae_steps}_seed{cfg.seed}_{key:016x}"
+        folder = cache_folder(cfg) / name
         if rank == 0 and not folder.exists():
             common.print0(f"vae     training one on {data.name}, {cfg.vae_steps} steps")
             train_vae(data, folder, cfg, device)
@@ -325,7 +330,7 @@ def encode_dataset(data, vae, cfg, split, device, rank=0, world=1):
     V: the image, and its mirror image with --flip.
     """
     bf16, flip = common.supports_bf16(device), cfg.flip == "on" and split == "train"
-    key = (data.fingerprint(), data.images.shape, cfg.vae_hash, cfg.shape, flip, bf16)
+    key = (data.fingerprint(), data.images.shape, cfg.vae_hash, cfg.shape, flip, bf16, CODE["encode"])
     name = f"{data.name[:40]}_{split}_{data.images.shape[-1]}px_{derive_seed(*key):016x}"
 
     def encode_part(indices):
@@ -491,6 +496,10 @@ def encode_text(texts, cfg, device="cpu"):
     return torch.tensor([row + [0] * (L - len(row)) for row in rows])
 
 
+# The source of what is cached, for the names of caches: a fork's differs. Read now, as it may be edited soon.
+CODE = {f.__name__: inspect.getsource(f) for f in (train_vae, encode, encode_text)}
+
+
 class Captions:
     """`y = captions(indices, u)`: one encoded caption per image, on the CPU; u in [0, 1) picks it."""
 
@@ -503,7 +512,8 @@ class Captions:
         self.first = self.count.cumsum(0) - self.count
         if cfg.text_path:
             tokenizer, _ = load_text_encoder(cfg)
-            key = derive_seed(tokenizer(texts).input_ids, cfg.text_hash, cfg.text_shape)
+            ids = tokenizer(texts).input_ids
+            key = derive_seed(ids, cfg.text_hash, cfg.text_shape, CODE["encode_text"])
             folder = cache_folder(cfg) / f"{data.name[:40]}_captions_{key:016x}"
             args = "captions", len(texts), lambda part: encode_text([texts[i] for i in part], cfg, device)
             self.chunks = encode_chunks(folder, *args, 64, rank, world)
@@ -913,7 +923,10 @@ def train(cfg):
     run.restore(model, ema, optimizer, timer)
     if rank == 0 and run.step == 0:
         if cfg.vae == "train":
-            shutil.copytree(cfg.vae_path, run.dir / "code" / "vae", dirs_exist_ok=True)
+            own = run.dir / "code" / "vae"
+            if not own.exists():  # nor a part of it, if this was killed
+                shutil.copytree(cfg.vae_path, f"{own}.part", dirs_exist_ok=True)
+                Path(f"{own}.part").rename(own)
         with common.warn_on_os_error("the reconstruction"):
             common.save_images(run.dir / "samples" / "reconstruction", reconstruct(data, vae, cfg, device))
 

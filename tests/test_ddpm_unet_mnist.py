@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from conftest import TINY, assert_a_bad_step_changes_nothing
 from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
 from PIL import Image
+from test_ddim_sample import main  # noqa: F401
 from test_faults import same, weights
 
 import common
@@ -98,6 +100,12 @@ def scheduler(cfg, **more):
     s.alphas_cumprod = torch.cumprod(s.alphas, 0)
     s.one = torch.ones((), dtype=torch.float64)
     return s
+
+
+@pytest.mark.parametrize("channels, heads", [(32, 1), (128, 2), (200, 1), (224, 1), (320, 5)])
+def test_heads_divide_the_channels(channels, heads):
+    attention = ddpm.Attention(channels)
+    assert attention.heads == heads and attention(torch.zeros(1, channels, 2, 2)).shape == (1, channels, 2, 2)
 
 
 def test_upsample_is_that_of_pytorch_and_stays_channels_last():
@@ -282,8 +290,8 @@ def train(tmp_path, monkeypatch, *flags):
         m.setattr("sys.stderr", os.sys.stderr)
         try:
             with common.exit_on_user_error():
-                arguments = [*TINY, "--dataset", "digits", *map(str, flags)]
-                ddpm.train(common.parse(Config, ddpm.__doc__, arguments))
+                start = [] if {"--resume", "--config"} & {*flags} else [*TINY, "--dataset", "digits"]
+                ddpm.train(common.parse(Config, ddpm.__doc__, [*start, *map(str, flags)]))
         finally:
             for s, h in handlers.items():
                 signal.signal(s, h)
@@ -369,7 +377,7 @@ def test_a_parameter_without_gradient_is_named(tmp_path, monkeypatch):
 
 def test_the_loop_reads_the_device_only_to_log(tmp_path, monkeypatch):
     reads = []
-    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
         original = getattr(torch.Tensor, name)
 
         def spy(self, *args, original=original, name=name):
@@ -462,14 +470,14 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, flags
 # Runs as processes
 
 
-RUN = [*TINY, "--dataset", "digits", "--steps", 60, "--save-every", 5, "--eval-every", 30, "--log-every", 3]
+RUN = [*TINY, "--steps", 60, "--save-every", 5, "--eval-every", 30, "--log-every", 3, "--dataset"]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(few, tmp_path_factory):
     """An uninterrupted run of the real script."""
     home = tmp_path_factory.mktemp("whole")
-    command = [sys.executable, Path(ddpm.__file__), *map(str, RUN)]
+    command = [sys.executable, Path(ddpm.__file__), *map(str, RUN), few]
     environment = os.environ | {"OMP_NUM_THREADS": "2", "DIFFUSION_LOGS": str(home / "logs")}
     p = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
     assert p.returncode == 0, p.stderr
@@ -484,7 +492,7 @@ def test_a_run_folder_is_complete(whole):
     )
     assert (
         "--bs 8" in info["command"]
-        and info["dataset"]["name"] == "digits"
+        and info["dataset"]["name"] == "few"
         and info["dataset"]["shape"] == "1x16x16"
         and info["device"]
     )
@@ -507,33 +515,24 @@ def test_a_run_folder_is_complete(whole):
     assert state["config"]["bs"] == 8 and not any("module" in k or "_orig" in k for k in state["model"])
 
 
-def test_config_file_runs_it_again(whole, script, tmp_path):
+def test_config_file_runs_it_again(whole, tmp_path, monkeypatch, two_threads):
     run, _ = whole
-    p = script(NAME, "--config", run / "run.yaml")
-    assert p.returncode == 0, p.err
-    assert same(weights(newest_run(tmp_path)), weights(run))
+    assert same(weights(train(tmp_path, monkeypatch, "--config", run / "run.yaml")), weights(run))
 
 
-def test_sample_and_resume_of_a_finished_run(whole, script):
-    run, _ = whole
-    before = weights(run)
+def test_sample_and_resume_of_a_finished_run(whole, main, tmp_path, monkeypatch):  # noqa: F811
+    run, before = tmp_path / "logs" / "ddpm" / "copy", weights(whole[0])
+    shutil.copytree(whole[0], run)
     flags = ["--solver", "own", "--guidance", 3, "--seed", 5, "--num-samples", 10]
-    p = script("ddim_sample.py", run, *flags)
-    assert p.returncode == 0 and "NFE 4 " in p.out, p.err
+    assert "NFE 4 " in main(run, *flags)
     assert (run / "samples" / "step_00000060_own_w3_seed5_numsamples10.gif").exists()
-    p = script(NAME, "--resume", run)
-    assert p.returncode == 0 and same(weights(run), before) and len(lines(run)) == 60, p.err
-    p = script(NAME, "--resume", run, "--lr", 1)
-    assert (
-        p.returncode == 2
-        and p.err.startswith(f"error: --lr is 1.0, but 0.004 in {run}; leave it out")
-        and p.err.count("\n") == 1
-    )
+    train(tmp_path, monkeypatch, "--resume", run)
+    assert same(weights(run), before) and len(lines(run)) == 60
 
 
-def test_kill_9_at_any_moment_then_resume_is_bit_exact(whole, script, tmp_path):
+def test_kill_9_at_any_moment_then_resume_is_bit_exact(few, whole, script, tmp_path):
     """Killed over and over, at moments that also fall into starting, saving and drawing."""
-    run, kills, flags, env = None, 0, RUN + ["--save-every", 1], {"PYTHONUNBUFFERED": "1"}
+    run, kills, flags, env = None, 0, [*RUN, few, "--save-every", 1], {"PYTHONUNBUFFERED": "1"}
     for patience in (0.05, 0.3, 0.6, None):
         process = script(NAME, *(["--resume", run] if run else flags), wait=False, env=env)
         if patience is None:
@@ -560,8 +559,8 @@ def test_kill_9_at_any_moment_then_resume_is_bit_exact(whole, script, tmp_path):
     assert not list((run / "checkpoints").glob(".*"))
 
 
-def test_sigterm_saves_and_leaves_with_its_own_status(whole, script, tmp_path):
-    process = script(NAME, *RUN, wait=False)
+def test_sigterm_saves_and_leaves_with_its_own_status(few, whole, script, tmp_path):
+    process = script(NAME, *RUN, few, wait=False)
     while process.poll() is None and "folder" not in "".join(
         f.read_text() for f in (tmp_path / "logs").glob("ddpm/*/run.out")
     ):
@@ -622,7 +621,7 @@ def test_resume_from_an_earlier_checkpoint(whole, tmp_path, monkeypatch, two_thr
     assert same(weights(run), weights(whole[0])) and [x["step"] for x in lines(run)] == list(range(1, 61))
     old = (run / "metrics" / "loss.jsonl.old").read_text().splitlines()  # nothing is lost
     assert old == (whole[0] / "metrics" / "loss.jsonl").read_text().splitlines()[55:]
-    for name in ("checkpoints/step_00000060.pt", "samples/step_00000060.gif"):
+    for name in ("checkpoints/step_00000060.pt", "samples/step_00000060.gif", "samples/step_00000060.png"):
         assert len([*run.glob(f"{name}.*.old")]) == 1 and (run / name).exists()
 
 
@@ -653,12 +652,17 @@ def test_another_dataset_is_noticed_on_resume(tmp_path, monkeypatch, capsys):
     assert len(lines(go_on("--resume", run, "--steps", 5))) == 5
 
 
-def test_two_runs_at_once(script, tmp_path):
-    flags = [*TINY, "--dataset", "digits", "--steps", 30, "--eval-every", 0]
-    both = [script(NAME, *flags, wait=False) for _ in range(2)]
-    assert [p.communicate()[1] for p in both] == ["", ""] and len(
-        list((tmp_path / "logs/ddpm").iterdir())
-    ) == 2
+def test_two_runs_in_one_second(tmp_path, monkeypatch):
+    class Frozen(datetime):
+        @classmethod
+        def now(cls):
+            return datetime(2026, 1, 2)
+
+    monkeypatch.setattr(common, "datetime", Frozen)
+    for _ in range(2):
+        train(tmp_path, monkeypatch, "--steps", 1, "--eval-every", 0, "--sample-every", 0)
+    names = sorted(f.name for f in (tmp_path / "logs/ddpm").iterdir())
+    assert names == [f"ddpm_resunet_2026-01-02_00-00-00{x}" for x in ("", "_2")]
 
 
 def test_a_run_in_use_is_refused(whole, script, tmp_path):
@@ -668,9 +672,9 @@ def test_a_run_in_use_is_refused(whole, script, tmp_path):
     assert p.returncode == 2 and "is in use by another process" in p.err and p.err.count("\n") == 1
 
 
-def test_two_processes_train_as_one(whole, script, tmp_path):
+def test_two_processes_train_as_one(few, whole, script, tmp_path):
     prefix = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    p = script(NAME, *RUN, prefix=prefix, env={"OMP_NUM_THREADS": "1"})
+    p = script(NAME, *RUN, few, prefix=prefix, env={"OMP_NUM_THREADS": "1"})
     assert p.returncode == 0, p.err
     run = newest_run(tmp_path)
     got, want = ([x["loss"] for x in lines(r)] for r in (run, whole[0]))

@@ -1,5 +1,6 @@
 """The third script: its VAE, caches, text, its method against closed forms, and its runs."""
 
+import functools
 import json
 import os
 import re
@@ -14,12 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import assert_a_bad_step_changes_nothing
 from diffusers import AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from test_ddim_sample import main  # noqa: F401
 
 import common
 import latent_dit_sdvae as ld
+import rf_dit_cifar as rf
 from latent_dit_sdvae import Config
 
 NAME, CPU = "latent_dit_sdvae.py", torch.device("cpu")
@@ -98,7 +101,23 @@ def test_scale_and_shift(vae_folder, tmp_path):
 def test_a_folder_that_is_called_vae_is_not_a_runs(vae_folder, tmp_path, monkeypatch):
     (tmp_path / "vae").mkdir()
     monkeypatch.setattr(ld, "__file__", str(tmp_path / "latent_dit_sdvae.py"))
-    assert ld.read_vae.__wrapped__(vae_folder, CPU).config.in_channels == 1
+    assert ld.load_vae(vae_folder, CPU, "").config.in_channels == 1
+    ld.read_vae.cache_clear()
+    assert ld.load_vae(vae_folder, CPU, ld.weights_hash(ld.read_vae(vae_folder, CPU))).config.in_channels == 1
+
+
+def test_the_vae_in_a_runs_code_is_used_if_it_is_the_one(vae_folder, tmp_path, monkeypatch):
+    """A new run, started from that code, may have another; and the original may be gone."""
+    run = tmp_path / "run"
+    own = small_vae(run / "code" / "vae", seed=5)
+    (run / "run.yaml").write_text("")
+    monkeypatch.setattr(ld, "__file__", str(run / "code" / NAME))
+    hashes = [ld.weights_hash(ld.load_vae(path, CPU)) for path in (own, vae_folder)]
+    assert hashes[0] != hashes[1]
+    for path, expected in (("/gone", hashes[0]), (vae_folder, hashes[0]), (vae_folder, hashes[1])):
+        assert ld.weights_hash(ld.load_vae(path, CPU, expected)) == expected
+    with pytest.raises(common.UserError, match="VAE .*run/code/vae is not the one .*; restore it"):
+        ld.load_vae("/gone", CPU, hashes[1])
 
 
 def test_a_tiny_autoencoder(tmp_path):
@@ -126,8 +145,13 @@ def test_a_vae_trained_for_half_a_minute(tmp_path, monkeypatch):
     assert error < 0.1 * x.var(), error  # a constant image has 1
     (made,) = (tmp_path / "cache").glob("vae_*/config.json")
     assert AutoencoderKL.from_pretrained(made.parent, low_cpu_mem_usage=False).config.latent_channels == 4
-    monkeypatch.setattr(ld, "train_vae", lambda *_: pytest.fail("trained again"))
-    assert ld.load_data_and_vae(replace(cfg, vae_path="", vae_hash=""), CPU, 0, 1)[0] == cfg
+    with monkeypatch.context() as m:
+        m.setattr(common, "Batches", lambda *_, **__: pytest.fail("trained again"))
+        assert ld.load_data_and_vae(replace(cfg, vae_path="", vae_hash=""), CPU, 0, 1)[0] == cfg
+
+    monkeypatch.setitem(ld.CODE, "train_vae", "a fork's")
+    monkeypatch.setattr(ld, "train_vae", lambda data, folder, *_: shutil.copytree(made.parent, folder))
+    assert ld.load_data_and_vae(replace(cfg, vae_path="", vae_hash=""), CPU, 0, 1)[0].vae_path != cfg.vae_path
 
 
 @pytest.mark.parametrize("side, latent", [(28, 7), (32, 8), (64, 16), (128, 16), (256, 32)])
@@ -190,7 +214,9 @@ def test_cache_is_keyed_by_data_size_vae_and_split(vae_folder, tmp_path, monkeyp
     bf16 = common.supports_bf16(CPU)
     monkeypatch.setattr(common, "supports_bf16", lambda d: not bf16)
     folders.append(cached(monkeypatch, cfg, data, vae)[2])
-    assert len(set(folders)) == 8
+    monkeypatch.setitem(ld.CODE, "encode", "a fork's")
+    folders.append(cached(monkeypatch, cfg, data, vae)[2])
+    assert len(set(folders)) == 9
 
 
 @pytest.mark.parametrize("how", ["truncated", "no header", "empty", "gone"])
@@ -233,6 +259,7 @@ def test_interrupted_encoding_continues_with_the_missing_chunks(vae_folder, tmp_
         ld.encode_dataset(data, vae, cfg, "train", CPU)
     (folder,) = (tmp_path / "cache").iterdir()
     assert [f.name for f in folder.iterdir()] == ["00000000.npy"]
+    (folder / ".00000100.npy.1.tmp").write_bytes(b"half")  # of one that was killed
     latents, count, _ = cached(monkeypatch, cfg, data, vae)
     complete, *_ = cached(monkeypatch, replace(cfg, cache=str(tmp_path / "other")), data, vae)
     assert count == 150 and np.array_equal(latents, complete)
@@ -692,7 +719,8 @@ def train(tmp_path, monkeypatch, *flags):
         m.setattr("sys.stderr", os.sys.stderr)
         try:
             with common.exit_on_user_error():
-                cfg = common.parse(Config, ld.__doc__, [*TINY, *map(str, flags)])
+                start = [] if "--resume" in flags else TINY
+                cfg = common.parse(Config, ld.__doc__, [*start, *map(str, flags)])
                 ld.train(cfg)
         finally:
             for s, h in handlers.items():
@@ -731,7 +759,7 @@ def test_flags_train_and_sample(tmp_path, monkeypatch, shared, capsys, flags):
 
 def test_the_loop_reads_the_device_only_to_log(tmp_path, monkeypatch, shared):
     reads = []
-    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
         original = getattr(torch.Tensor, name)
 
         def spy(self, *args, original=original, name=name):
@@ -861,19 +889,6 @@ def test_kill_9_then_resume_is_bit_exact(whole, shared, script, tmp_path):
     assert lines(run, "val") == lines(whole, "val")
 
 
-def test_kill_9_while_encoding_then_start_again(whole, shared, script, tmp_path):
-    cache = tmp_path / "cache"
-    flags = [*RUN, "--vae", shared[1], "--cache", cache]
-    kill(script(NAME, *flags, wait=False), lambda: len(list(cache.glob("digits_train*/*.npy"))) >= 2)
-    assert not (tmp_path / "logs").exists()
-    before = {f: f.stat().st_mtime_ns for f in cache.glob("digits_train*/*.npy")}
-    p = script(NAME, *flags)
-    assert p.returncode == 0 and same(weights(newest_run(tmp_path)), weights(whole)), p.err
-    assert f"encoding {5 - len(before)} of 5 chunks of train" in p.out and len(before) < 5
-    assert len(list(cache.glob("digits_train*/*"))) == 5
-    assert before == {f: f.stat().st_mtime_ns for f in before}
-
-
 def test_two_processes_train_as_one(whole, shared, script, tmp_path):
     prefix = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     flags = [*RUN, "--vae", shared[1], "--cache", tmp_path / "cache", "--num-samples", 11]
@@ -887,9 +902,8 @@ def test_two_processes_train_as_one(whole, shared, script, tmp_path):
     assert len(list((tmp_path / "cache").glob("digits_train*/*.npy"))) == 5
 
 
-def test_ddim_sample_samples_it(whole, script, main, capsys):  # noqa: F811
-    p = script("ddim_sample.py", whole, "--solver", "own", "--guidance", 3, "--num-samples", 10)
-    assert p.returncode == 0, p.err
+def test_ddim_sample_samples_it(whole, main, capsys):  # noqa: F811
+    main(whole, "--solver", "own", "--guidance", 3, "--num-samples", 10)
     assert (whole / "samples" / "step_00000040_own_w3_seed0_numsamples10.gif").exists()
     for flags in (["--npz"], ["--solver", "dpmpp2m"], ["--solver", "heun", "--interpolate", 5]):
         main(whole, "--steps", 4, "--num-samples", 10, *flags)
@@ -898,29 +912,71 @@ def test_ddim_sample_samples_it(whole, script, main, capsys):  # noqa: F811
     with pytest.raises(SystemExit, match="2"):
         main(whole, "--invert", "--steps", 4)
     assert "this run has latents (4, 4, 4)" in capsys.readouterr().err
-    p = script(NAME, "--resume", whole, "--t-sampling", "logit-normal")
-    assert p.returncode == 2 and p.err.startswith("error: --t-sampling is logit-normal, but uniform in ")
 
 
-def test_a_run_with_a_vae_of_its_own_moves(script, main, tmp_path):  # noqa: F811
+def test_killed_before_its_first_step_a_run_with_a_vae_of_its_own_begins_anew(tmp_path, monkeypatch):
+    flags = ["--vae", "train", "--vae-steps", 2, "--eval-every", 0, "--cache", tmp_path / "cache"]
+    run = train(tmp_path, monkeypatch, *flags, "--steps", 2)
+    for file in (*(run / "checkpoints").iterdir(), run / "metrics" / "loss.jsonl"):
+        file.unlink()
+    train(tmp_path, monkeypatch, "--resume", run)
+    assert len(lines(run)) == 2
+
+    def killed(source, folder, **more):
+        Path(folder).mkdir()
+        (Path(folder) / "config.json").write_text("{")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(shutil, "copytree", killed)
+        train(tmp_path, monkeypatch, *flags, "--steps", 3)
+    run = newest_run(tmp_path)
+    train(tmp_path, monkeypatch, "--resume", run)
+    assert len(lines(run)) == 3 and (run / "code" / "vae" / "config.json").stat().st_size > 100
+
+
+def test_its_copies_of_the_dits_optimizer_and_times_are_the_same():
+    """And steps that are not finite are not applied."""
+    model = ld.build_model(SMALL)
+    assert_a_bad_step_changes_nothing(model, ld.make_optimizer(model, SMALL, torch.float32))
+    for shape in ((2, 8, 20), (2, 20, 8)):
+        x = torch.randn(shape)
+        assert torch.equal(ld.newton_schulz(x), rf.newton_schulz(x))
+    u = torch.rand(64)
+    for kind, shift in (("uniform", 1.0), ("uniform", 3.0), ("logit-normal", 1.0), ("logit-normal", 2.0)):
+        more = {"t_sampling": kind, "shift": shift}
+        assert torch.equal(ld.sample_t(u, Config(**more)), rf.sample_t(u, rf.Config(**more)))
+
+
+def test_a_folder_that_is_called_train_is_not_a_vae(tmp_path, monkeypatch):
+    (tmp_path / "train").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ld, "train_vae", lambda data, folder, *_: small_vae(folder))
+    assert prepared("train", tmp_path)[0].shape == (4, 4, 4)
+    with pytest.raises(common.UserError, match="cannot load VAE /.*/train "):
+        prepared("./train", tmp_path)
+
+
+def test_a_run_with_a_vae_of_its_own_moves(few, script, main, tmp_path, monkeypatch, capsys):  # noqa: F811
     """--vae train: sampled, and even resumed, where the cache and its VAE are gone."""
-    for i, image in enumerate(common.load_dataset("digits", image_size=16).images[:200]):
-        (tmp_path / "few" / str(i % 2)).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image[0].numpy()).save(tmp_path / "few" / str(i % 2) / f"{i}.png")
     flags = "--vae train --vae-steps 3 --steps 4 --eval-every 0 --dataset".split()
-    p = script(NAME, *TINY, *flags, tmp_path / "few", "--cache", tmp_path / "cache")
+    p = script(NAME, *TINY, *flags, few, "--cache", tmp_path / "cache")
     assert p.returncode == 0 and "vae     training one on few" in p.out, p.err
-    run = newest_run(tmp_path).rename(tmp_path / "moved")
+    run = newest_run(tmp_path)
+    run = run.rename(run.with_name("moved"))
     shutil.rmtree(tmp_path / "cache")
     for flags in (["--steps", 4], ["--solver", "own", "--guidance", 2]):
         main(run, "--num-samples", 10, *flags)
-    p = script(NAME, "--resume", run, "--steps", 6)
-    assert p.returncode == 0 and "training one" not in p.out and len(lines(run)) == 6, p.err
+    train(tmp_path, monkeypatch, "--resume", run, "--steps", 6)
+    assert "training one" not in capsys.readouterr().out and len(lines(run)) == 6
     for file in (run / "code" / "vae").glob("*.safetensors"):  # another VAE's weights in its place
         tensors = bytearray(file.read_bytes())
         tensors[-1] ^= 1
         file.write_bytes(tensors)
-    for command in (["ddim_sample.py", run, "--steps", 4], [NAME, "--resume", run, "--steps", 8]):
-        p = script(*command)
-        assert p.returncode == 2 and p.err.startswith("error: VAE ") and p.err.count("\n") == 1, p.err
-        assert "is not the one that this run was trained with; restore it" in p.err
+    ld.read_vae.cache_clear()
+    for go_on in (main, functools.partial(train, tmp_path, monkeypatch, "--resume")):
+        with pytest.raises(SystemExit, match="2"):
+            go_on(run, "--steps", 8)
+        error = capsys.readouterr().err
+        assert error.startswith("error: VAE ") and error.count("\n") == 1, error
+        assert "is not the one that this run was trained with; restore it" in error
