@@ -113,16 +113,16 @@ SMALL = {
 TINY = "--dim 32 --heads 2 --depth 1 --patch 4"  # with --dry
 
 
-def call(script, *flags):
-    """Runs a script to its end. Raises RuntimeError if it fails."""
+def call(script, *flags, minutes=20):
+    """Runs a script to its end. Raises RuntimeError if it fails, or takes too long."""
     command = [sys.executable, ROOT / script, *map(str, flags)]
-    p = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=1200)
+    p = subprocess.run(command, capture_output=True, text=True, timeout=60 * minutes)
     if p.returncode:
         raise RuntimeError(f"exit status {p.returncode}: {' '.join(p.stderr.splitlines()[-1:])}")
 
 
 def train_twice(check, name, how):
-    """Trains whole, and stopped and resumed, and compares all losses and weights. Returns the whole run."""
+    """Trains whole, and stopped and resumed, and compares them. Returns the whole run."""
     steps, bs, size = (40, 8, TINY) if check.dry else (200, 64, SMALL[name])
     home = check.folder / f"{name}_{how}"
     flags = "--image-size 32 --channels 3 --log-every 1 --sampling-steps 2 --num-samples 10".split()
@@ -139,16 +139,19 @@ def train_twice(check, name, how):
     if p.wait(60) != common.EXIT_PREEMPTED:
         raise RuntimeError(f"exit status {p.returncode} after SIGTERM")
     whole, stopped = (next(home.glob(f"{x}/*/*/run.yaml")).parent for x in ("whole", "stopped"))
-    logs = [f / "metrics/loss.jsonl" for f in (whole, stopped)]
-    facts = {"stopped_at_step": logs[1].read_text().count("\n"), "steps": steps}
+    facts = {"stopped_at_step": (stopped / "metrics/loss.jsonl").read_text().count("\n"), "steps": steps}
     call(name, "--resume", stopped)
-    a, b = map(common.newest_checkpoint, (whole, stopped))
-    off = [k for part in ("model", "ema") for k, v in a[part].items() if not torch.equal(v, b[part][k])]
-    losses = [[json.loads(x)["loss"] for x in log.read_text().splitlines()] for log in logs]
-    same = [x == y is not None for x, y in zip(*losses, strict=True)]
-    facts |= {"equal_losses": sum(same), "unequal_weights": len(off)}
-    check.tell(f"{name} --compile {how}", all(same) and not off, **facts)
+    compare_runs(check, f"{name} --compile {how}", whole, stopped, **facts)
     return whole
+
+
+def compare_runs(check, what, *runs, **facts):
+    """Tells whether all losses and weights of two runs are equal."""
+    a, b = map(common.newest_checkpoint, runs)
+    off = [k for part in ("model", "ema") for k, v in a[part].items() if not torch.equal(v, b[part][k])]
+    logs = [(run / "metrics/loss.jsonl").read_text().splitlines() for run in runs]
+    same = [json.loads(x)["loss"] == json.loads(y)["loss"] is not None for x, y in zip(*logs, strict=True)]
+    check.tell(what, all(same) and not off, equal_losses=sum(same), unequal_weights=len(off), **facts)
 
 
 def compare_devices(check, name, run):
@@ -169,8 +172,6 @@ def make_images(folder):
 
 
 def exact(check):
-    make_images(check.folder / "images")
-
     def both(name, how):
         with check.measuring(f"{name} --compile {how}"):
             run = train_twice(check, name, how)
@@ -279,9 +280,9 @@ def train(check):
     command = ["rf_dit_cifar.py", "--dataset", flags.dataset, "--minutes", flags.minutes, "--compile", "on"]
     command += ["--eval-every", 500] + ["--data-root", flags.data_root] * bool(flags.data_root)
     if check.dry:
-        tiny = "--dataset digits --channels 3 --image-size 32 --steps 6 --eval-every 3 --sampling-steps 2"
-        command += [*TINY.split(), *tiny.split(), "--bs", 8, "--compile", "off"]
-    call(*command, "--device", check.device.type, "--out", home)
+        tiny = "--channels 3 --image-size 32 --steps 6 --eval-every 3 --sampling-steps 2 --bs 8 --compile off"
+        command += [*TINY.split(), *tiny.split(), "--dataset", check.folder / "images"]
+    call(*command, "--device", check.device.type, "--out", home, minutes=20 + flags.minutes)
     (run,) = (f.parent for f in home.glob("*/*/run.yaml"))
     about = yaml.safe_load((run / "run.yaml").read_text())
     cell = compare.read_run(run, about["dataset"])
@@ -331,7 +332,7 @@ def main():
     require(flags.dry or torch.cuda.is_available(), "PyTorch finds no GPU; --dry tries this file on a CPU")
     require(not folder.exists(), f"--out {flags.out} exists; choose another folder")
     check = Check(flags, folder)
-    folder.mkdir(parents=True)
+    make_images(folder / "images")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")  # new: first steps wait as a user's do
     check.tell(common.device_name(check.device), torch=torch.__version__, commit=common.commit())
     for stage in stages:

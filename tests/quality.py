@@ -375,6 +375,8 @@ def by_attributes(images, protocol, flags, device):
     for kind, x, y in (("samples", images, asked), ("true images", test_set.images, test_set.labels)):
         right, complete = read(model, x, device)[0] == y, (y >= 0).all(1)
         for of, rows in (("of training", complete & ~is_unseen(y)), ("held out", complete & is_unseen(y))):
+            if not rows.any():
+                continue  # all prompts are of the other kind
             shares = [*right[rows].float().mean(0).tolist(), right[rows].all(1).float().mean().item()]
             report[f"{kind}, {of}"] = dict(
                 zip([*common.DIGITS, "all", "n"], [*shares, int(rows.sum())], strict=True)
@@ -487,6 +489,7 @@ def main(argv):
         for split in ("train", "test")
     )
     count, classes = len(test_set.images), len(train_set.classes)
+    test_set = common.evaluation_set(test_set, count)  # in random order: a folder's are sorted by class
     if count < FEWEST:
         raise UserError(f"{flags.dataset} has {count} test images; give a dataset of at least {20 * FEWEST}")
     if labels is not None and not 0 <= labels.min() <= labels.max() < classes:

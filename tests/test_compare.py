@@ -1,5 +1,6 @@
 """compare.py: its statistics and arguments; a comparison that is interrupted, continued and extended."""
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import compare
 import numpy as np
 import pytest
 import quality
+import torch
 from PIL import Image
 
 import common
@@ -52,7 +54,19 @@ def test_no_verdict_where_a_seed_failed():
     assert "| better |" in "".join(compare.report(contenders, cells))
     cells["b", 2] = {"failed": "samples are not finite"}
     text = "".join(compare.report(contenders, cells))
-    assert text.count("failed in 1 of 3 seeds |") == 6 and "better" not in text
+    assert text.count("| b failed in 1 of 3 seeds |") == 6 and "better" not in text
+    cells["b", 2], cells["a", 1] = cells["b", 1], {"failed": "samples are not finite"}
+    text = "".join(compare.report(contenders, cells))
+    assert text.count("| a failed in 1 of 3 seeds |") == 6 and "b failed" not in text
+
+
+def test_losses_on_the_latents_of_other_vaes_are_not_compared(monkeypatch):
+    """Though equal outputs of a network give equal losses."""
+    monkeypatch.setattr(compare, "trial", lambda folder, c, theirs: ({"bs": 8, "vae_hash": c["vae"]}, "data"))
+    monkeypatch.setattr(compare, "probe", lambda *_: (torch.ones(3), 1.0))
+    contenders = [{"name": str(i), "code": "", "script": "", "vae": v} for i, v in enumerate("aab")]
+    kept, *_ = compare.try_all(Path("x"), contenders, [])
+    assert [c["same loss"] for c in kept] == [True, True, False]
 
 
 def test_detectable_differences_as_tabulated():
@@ -152,6 +166,19 @@ def line_of(file, text):
 # ---- a comparison
 
 
+def test_a_run_that_was_killed_before_it_saved_is_trained_anew(tmp_path, monkeypatch):
+    contender, calls = {"code": "0", "script": "idea.py", "name": "idea", "flags": []}, []
+    monkeypatch.setattr(compare, "call", lambda command, what: calls.append(command))
+    home = tmp_path / "runs" / "0" / "seed_3"
+    for checkpoint in (False, True):
+        (home / "rf" / "x" / "checkpoints").mkdir(parents=True)
+        for name in ["run.yaml", "run.out"] + ["checkpoints/step_00000001.pt"] * checkpoint:
+            (home / "rf" / "x" / name).write_text("")
+        with contextlib.suppress(ValueError):  # nothing was trained
+            compare.train(tmp_path, contender, 3, [])
+        assert home.exists() == checkpoint and (f"--resume={home}/rf/x" in calls[-1]) == checkpoint
+
+
 def test_interrupted_continued_and_extended(images, tmp_path, monkeypatch, capsys):
     """Equal contenders are exactly equal: seeds, order of the images, noise and samples are paired."""
     monkeypatch.setattr(quality, "STEPS", 20)
@@ -162,18 +189,15 @@ def test_interrupted_continued_and_extended(images, tmp_path, monkeypatch, capsy
     words += ["--num-samples", 20, "--sample", "--steps 2", "--out", out, "--cache", tmp_path / "cache"]
     words = [*map(str, words), "--seeds", "1"]
     command = [sys.executable, ROOT / "tests/compare.py", *words]
-    process, killed = None, None
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        logs, end = [], time.monotonic() + 120
-        while not any(f.read_text().count("\n") > 20 for f in logs):
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.05)
-            logs = [f for f in out.glob("runs/0/*/rf/*/metrics/loss.jsonl") if f.parents[1] != killed]
-        killed = logs[0].parents[1]
-        os.killpg(process.pid, number)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    logs, end = [], time.monotonic() + 120
+    while not any(f.read_text().count("\n") > 20 for f in logs):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+        logs = [*out.glob("runs/0/*/rf/*/metrics/loss.jsonl")]
+    os.killpg(process.pid, signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 75 and "the same command continues" in printed
     (run,) = out.glob("runs/*/*/rf/*")

@@ -88,18 +88,25 @@ def test_a_failure_is_the_exit_status(tmp_path, monkeypatch):
     assert e.value.code == 1
 
 
-def test_unequal_weights_are_noticed(tmp_path, monkeypatch):
-    """A script whose steps after the first are not the same when they are resumed."""
+@pytest.mark.parametrize("differs", ["", "model", "ema", "loss"])
+def test_runs_that_differ_are_noticed(tmp_path, differs):
     check = gpu.Check(common.parse(gpu.Config, "", ["--dry"]), tmp_path)
-    for name in ("rf_dit_cifar.py", "common.py"):
-        text = (ROOT / name).read_text()
-        broken = text.replace(
-            'derive_seed(cfg.seed, "noise", step)', 'derive_seed(cfg.resume, "noise", step)'
-        )
-        (tmp_path / name).write_text(broken)
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    gpu.make_images(tmp_path / "images")
-    gpu.train_twice(check, "rf_dit_cifar.py", "off")
+    for name in ("whole", "resumed"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "metrics").mkdir()
+        (tmp_path / name / "run.yaml").write_text("")
+        state = dict.fromkeys(["optimizer", "step", "config"], 0)
+        for part in ("model", "ema"):
+            state[part] = {
+                "a": torch.zeros(3),
+                "b": torch.full((2,), float(part == differs and name == "whole")),
+            }
+        torch.save(state, tmp_path / name / "checkpoints" / "step_00000002.pt")
+        losses = [0.5, 0.25 if differs == "loss" and name == "whole" else 0.125]
+        log = "".join(json.dumps({"step": i, "loss": x}) + "\n" for i, x in enumerate(losses))
+        (tmp_path / name / "metrics" / "loss.jsonl").write_text(log)
+    gpu.compare_runs(check, "x", tmp_path / "whole", tmp_path / "resumed", steps=2)
     (fact,) = map(json.loads, open(tmp_path / "facts.jsonl"))
-    assert check.failures == 1 and not fact["holds"] and fact["unequal_weights"] > 0
-    assert fact["equal_losses"] == fact["stopped_at_step"] < fact["steps"]
+    assert fact["holds"] == (not differs) and check.failures == bool(differs) and fact["steps"] == 2
+    assert fact["equal_losses"] == 2 - (differs == "loss")
+    assert fact["unequal_weights"] == (differs in ("model", "ema"))

@@ -407,6 +407,21 @@ def test_datasets_that_cannot_be_used(train, test, message, tmp_path, capsys):
     assert message in refused(capsys, tmp_path / "s.npz", "--dataset", tmp_path / "data")
 
 
+def test_parts_of_the_test_images_have_all_classes(tmp_path, monkeypatch):
+    """A folder's images are sorted by class, and some measures take the first ones."""
+    for i in range(600):
+        (tmp_path / "data" / "train" / str(i % 5)).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), i % 256).save(tmp_path / "data" / "train" / str(i % 5) / f"{i}.png")
+    np.savez(tmp_path / "s.npz", arr_0=np.zeros((20, 8, 8, 1), np.uint8))
+    seen = []
+    monkeypatch.setattr(q, "classifier", lambda *_: (None, ""))
+    monkeypatch.setattr(q, "by_classifier", lambda *a: seen.append(a[6].labels) or ([], [0] * 5))
+    monkeypatch.setattr(q, "by_pixels", lambda images, train_set, test_set, noise: exit(test_set is None))
+    with pytest.raises(SystemExit):
+        q.main([str(tmp_path / "s.npz"), "--dataset", str(tmp_path / "data")])
+    assert len(seen[0]) == 30 and len(set(seen[0][:15].tolist())) == 5
+
+
 def test_as_a_program(script, tmp_path):
     process = script("tests/quality.py", "none.npz", "--dataset", "digits")
     assert process.returncode == 2 and process.err.startswith("error: none.npz") and not process.out
@@ -471,6 +486,11 @@ def test_attributes_of_true_images_are_seen_and_of_swapped_prompts_not(tmp_path,
         shares.append([report[f"samples, {k}"]["all"] for k in ("of training", "held out")])
         assert min(report["true images, held out"].values()) == report["true images, held out"]["all"]
     assert "true images, held out" in capsys.readouterr().out
+    one = [p for p, y in zip(prompts, q.attributes(prompts), strict=True) if q.is_unseen(y[None])][:1]
+    np.savez(tmp_path / "s.npz", **arrays, protocol=json.dumps({"prompt": one}))
+    q.main(["s.npz", "--dataset", "digits", "--attributes", "--device", "cpu"])
+    report = json.loads((tmp_path / "s_attributes.json").read_text())["attributes"]
+    assert "samples, held out" in report and "samples, of training" not in report
     assert min(shares[0]) > 0.5 and max(shares[1]) < 0.05, shares
 
 
