@@ -58,10 +58,13 @@ def exit_on_user_error():
         return
     except UserError as e:
         message = str(e)
-    except torch.OutOfMemoryError as e:
-        message = f"{first_line(e)}; use --grad-accum or --grad-checkpoint, and a smaller --bs to sample"
     except torch._dynamo.exc.TorchDynamoException as e:
         message = f"torch.compile failed ({first_line(e)}); use --compile off"
+    except RuntimeError as e:
+        if not (isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)):
+            raise
+        advice = "use --grad-accum, --grad-checkpoint, a smaller --image-size, or fewer --num-samples"
+        message = f"{first_line(e)}; {advice}; to sample, a smaller --bs"
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
@@ -69,8 +72,8 @@ def exit_on_user_error():
         disk = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
         if e.filename is None and not disk:  # a programming error
             raise
-        advice = "free some space, or set another folder (--out, --cache)" if disk else "use another path"
-        message = f"{e.strerror}: {e.filename or 'the run folder'}; {advice}"
+        advice = "free some space, or set another folder" if disk else "use another path"
+        message = f"{e.strerror}: {e.filename or 'the run folder'}; {advice} (--out, --cache)"
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -191,13 +194,16 @@ def _options(name, hint, default):
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if origin is typing.Literal:  # --compile alone means --compile on
-        return {"choices": choices} | ({"nargs": "?", "const": "on"} if "on" in choices else {})
-    if origin is tuple:  # --prompt A --prompt B is --prompt A B; of numbers, the last list counts
+        more = {"nargs": "?", "const": "on"} if "on" in choices else {}
+        return {"choices": choices, "type": type(default)} | more
+    if origin is tuple and choices[0] in (int, float, str):
+        # --prompt A --prompt B is --prompt A B; of numbers, the last list counts
         many = {"nargs": "*" if choices[-1] is ... else len(choices), "type": choices[0], "metavar": "N"}
         return many | {"action": "extend", "metavar": "TEXT"} if choices[0] is str else many
     if hint in (int, float, str):
         return {"type": hint, "metavar": hint.__name__.upper()}
-    raise TypeError(f"{name} is {hint}; a flag is a bool, int, float, str, Literal or tuple")
+    allowed = "a bool, int, float, str, Literal, or a tuple of numbers or str"
+    raise TypeError(f"{name} is {hint}; a flag is {allowed}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -436,8 +442,9 @@ def _files(root, split, size, channels, max_bytes, captions=False):
     if split == "test" and not (size and channels):
         _, channels, _, size = _files(root, "train", size, channels, max_bytes).images.shape
     files = [f for _, f in splits[split]]
-    size = size or images_at(ImageFiles(files, 0, 1), [0]).shape[-1]
-    require(size <= 4096, f"{root} has images of {size} pixels; set --image-size, at most 4096")
+    if not size:
+        size = images_at(ImageFiles(files, 0, 1), [0]).shape[-1]
+        require(size <= 512, f"{root} has images of {size} pixels; set --image-size, such as 64")
     images = ImageFiles(files, size, channels or 3)
     if math.prod(images.shape) > max_bytes:  # too large to read only to identify it: file sizes do
         checksums = np.array([images.file_size(i) for i in range(len(files))])
@@ -475,7 +482,8 @@ def find_images(root):
                 paths.append(parts)
             else:
                 ignored[suffix or "without a suffix"] += 1
-        text = f"there is no image in {place}; use a folder or .zip with images"
+        others = "".join(f", {n} {kind}" for kind, n in ignored.most_common(6))
+        text = f"there is no image in {place} that can be read{others}; use a folder or .zip with images"
         require(images and images[-1][0] == place, text)
     shared = len(os.path.commonprefix([p[:-1] for p in paths]))
     paths = [places[place] + p[shared:] for (place, _), p in zip(images, paths, strict=True)]
@@ -727,6 +735,9 @@ class Batches:
         self.device, self.on_disk = torch.device(device), not torch.is_tensor(data.images)
         home = torch.device("cpu") if self.on_disk else self.device  # a GPU holds what it indexes
         self.images = data.images if self.on_disk else data.images.to(home)
+        if not self.on_disk:
+            kind = self.images.dtype
+            require(kind == torch.uint8, f"images are {kind}; convert them to uint8, 0 to 255")
         self.labels, self.bs, self.seed, self.flip = data.labels.to(home), bs, seed, flip
         self.rank_slice, self.queue = slice(rank * bs // world, (rank + 1) * bs // world), {}
 
@@ -847,6 +858,8 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     except RuntimeError as e:  # torch.save hides a full disk behind its own error
         raise (e.__context__ if isinstance(e.__context__, OSError) else e) from None
+    except OSError as e:  # NumPy tells only how much it could not write
+        raise (e if e.errno else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -881,12 +894,24 @@ def newest_checkpoint(path):
             print0(f"warning: {str(e).split(';')[0]}; using {older}")
 
 
+def local_files(script):
+    """{name: content} of a script, common.py, and the modules beside them that these import."""
+    found, todo = {}, [Path(script), Path(__file__)]
+    while todo:
+        file = todo.pop()
+        found[file.name] = file.read_bytes()
+        lines = re.findall(r"^ *(?:from|import) .*", found[file.name].decode(errors="replace"), re.M)
+        beside = (file.with_name(f"{word}.py") for word in re.findall(r"\w+", " ".join(lines)))
+        todo += [f for f in beside if f.exists() and f.name not in found]
+    return found
+
+
 def check_code(path, script):
-    """Raises UserError if script or common.py differ from the copies in the run's code folder."""
-    code = find_run(path) / "code"
-    kept = {f.name: f.read_bytes() for f in code.glob("*.py")}
-    changed = [f.name for f in (Path(script), Path(__file__)) if kept.get(f.name) != f.read_bytes()]
-    own = next((n for n in kept if n != "common.py"), "SCRIPT.py")
+    """Raises UserError if local_files() differ from the copies in the run's code folder."""
+    code, name = find_run(path) / "code", Path(script).name
+    kept = {f.name: f.read_bytes() for f in sorted(code.glob("*.py"))}
+    changed = [n for n, content in local_files(script).items() if kept.get(n) != content]
+    own = name if name in kept else next((n for n in kept if n != "common.py"), "SCRIPT.py")
     text = f"{' and '.join(changed)} differs from the run's code; use python {code / own} --resume {path}"
     require(not changed, f"{text}, or copy your new code to {code} first")
 
@@ -957,7 +982,7 @@ class Run:
         self.step = self.start_step = self.num_skipped = self.bad_steps_in_a_row = 0
         self.seconds, self.agreed = 0.0, (False, 0.0)
         self.pending, self.last, self.checkpoint, self.config = [], {}, None, None
-        self.code = {f.name: f.read_bytes() for f in (self.script, Path(__file__))}  # it may be edited soon
+        self.code = local_files(script)  # read now, as it may be edited soon
         for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(s, self._stop)
         if not cfg.resume:
@@ -971,6 +996,10 @@ class Run:
         self.step = self.start_step = old["step"]
         self.seconds, self.num_skipped = old["seconds"], old["skipped"]
         self.agreed = False, self.seconds
+        for name, done in {"steps": old["step"], "minutes": old["seconds"] / 60}.items():
+            was, now = old["config"].get(name), getattr(cfg, name, 0)
+            text = f"{_flag(name)} is {now}, but the run has made {done:.5g}; name those of the whole run"
+            require(now in (was, 0) or now > done, text)
         for f in (f for f in fields(cfg) if f.name not in ("resume", "config") and not f.metadata):
             was, now = old["config"].get(f.name, f.default), getattr(cfg, f.name)
             text = f"{_flag(f.name)} is {now}, but {was} in {cfg.resume}"
@@ -978,7 +1007,7 @@ class Run:
 
     def _stop(self, number, _):
         if not self.config:  # datasets are being read or encoded: nothing is there to save
-            print0("stopped by a signal; the same command continues")
+            print0("stopped by a signal before the first step; start it again")
             THREADS.shutdown(wait=False, cancel_futures=True)
             sys.exit(EXIT_PREEMPTED)
         if self.stopping and number == signal.SIGINT:
@@ -994,19 +1023,18 @@ class Run:
         EARLY.clear()
 
     def _make_folder(self, name):
-        home = Path(self.cfg.out or os.environ.get("DIFFUSION_LOGS") or "logs") / name.split("_")[0]
+        home = Path(self.cfg.out or os.environ.get("DIFFUSION_LOGS") or "logs")
         name = f"{name}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
-        home.mkdir(parents=True, exist_ok=True)
         for suffix in ("", *(f"_{i}" for i in range(2, 100))):  # two runs may start in the same second
             with contextlib.suppress(FileExistsError):
-                (home / f"{name}{suffix}").mkdir()
+                (home / f"{name}{suffix}").mkdir(parents=True)
                 break
         for sub in ("code", "checkpoints", "metrics", "samples"):
             (home / f"{name}{suffix}" / sub).mkdir()
         return home / f"{name}{suffix}"
 
     def write_config(self, cfg, name, device, data, held_out, model, **more):
-        """Makes the run folder METHOD/NAME_TIME with run.yaml and code, or checks that a resumed run has the
+        """Makes the run folder NAME_TIME with run.yaml and code, or checks that a resumed run has the
         same dataset. Prints a summary."""
         self.config = {k: v for k, v in asdict(cfg).items() if k not in ("resume", "config")}
         if self.rank:

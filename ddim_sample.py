@@ -301,6 +301,7 @@ def load_script(run):
     """The script in RUN/code as a module. From then on, `import common` means the copy beside it."""
     theirs = run / "code" / "common.py"
     scripts = [f for f in (run / "code").glob("*.py") if f != theirs and "build_model" in f.read_text()]
+    scripts = [f for f in scripts if {s.name for s in scripts} <= {*common.local_files(f)}]  # has the others
     text = f"{run}/code has {len(scripts)} scripts with build_model(), not one; restore it"
     require(len(scripts) == 1, text)
     sys.path.insert(0, str(run / "code"))
@@ -398,7 +399,7 @@ def predictor(run, flags, y):
             return x0, eps
         common.check_finite(x0)  # clipping would hide it
         x0 = x0.clamp(-1, 1)
-        alpha, sigma = (c.view(-1, 1, 1, 1) for c in run.script.path(t, run.config))
+        alpha, sigma = (c.view(-1, *[1] * (x.ndim - 1)) for c in run.script.path(t, run.config))
         return x0, (x - alpha * x0) / sigma  # the eps that belongs to it
 
     return f
@@ -436,10 +437,21 @@ def solve(run, flags, eps, y, noise=None, frames=0):
 
 
 def count_passes(run, flags, y):
-    """(network passes per sample, those on a doubled batch for guidance), counted on networks that give 0."""
+    """(network passes per sample, those on a doubled batch for guidance). After the first of each, networks
+    give what they gave before."""
     sizes = []
+
+    def counted(forward, given):
+        def count(x, *args, **more):
+            sizes.append(len(x))
+            if len(x) not in given:
+                given[len(x)] = forward(x, *args, **more)
+            return given[len(x)]
+
+        return count
+
     for model in run.models:
-        model.forward = lambda x, *_, **__: sizes.append(len(x)) or torch.zeros_like(x)
+        model.forward = counted(model.forward, {})
     eps, noise = noise_of(run, flags, [0])
     solve(run, flags, eps, y[:1], noise)
     for model in run.models:

@@ -232,6 +232,8 @@ def train_vae(data, folder, cfg, device):
     more = {"latent_channels": 4, "norm_num_groups": 8, "sample_size": side, "mid_block_add_attention": False}
     torch.manual_seed(derive_seed(cfg.seed, "vae"))
     vae = AutoencoderKL(C, C, down, up, widths, **more).to(device, memory_format=torch.channels_last)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary.mkdir(parents=True, exist_ok=True)  # if it cannot be written, this is known now
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     batches = common.Batches(data, bs, cfg.seed, device, flip=cfg.flip == "on")
     bf16 = common.supports_bf16(device)
@@ -255,7 +257,6 @@ def train_vae(data, folder, cfg, device):
     some = (common.images_at(data.images, i.tolist()).to(device).float() / 127.5 - 1 for i in some)
     means = torch.cat([vae.encode(x).latent_dist.mean for x in some])
     vae.register_to_config(scaling_factor=1 / means.std().item(), shift_factor=means.mean().item())
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     vae.save_pretrained(temporary)
     if folder.exists():  # another job has trained the same one
         shutil.rmtree(temporary)
@@ -870,8 +871,9 @@ def evaluate(model, chunks, y, cfg, device, rank, world):
     t = (torch.randperm(n, generator=generator) + 0.5) / n
     eps = torch.randn(n, *cfg.shape, generator=generator)
     losses = torch.zeros(n, device=device)  # other ranks' losses stay 0
-    for i in range(rank, n, 128 * world):
-        part = torch.arange(i, min(i + 128 * world, n), world)
+    size = min(128 * world, 4 * cfg.bs // cfg.grad_accum)  # without gradients, four times as many fit
+    for i in range(rank, n, size):
+        part = torch.arange(i, min(i + size, n), world)
         x0 = torch.from_numpy(chunks[0][part, 0]).float()  # an evaluation set is one chunk
         cond = null(y[part], cfg) if cfg.class_dropout == 1 else y[part]
         losses[part] = loss_per_sample(model, *(v.to(device) for v in (x0, cond, t[part], eps[part])), cfg)
@@ -919,8 +921,7 @@ def train(cfg):
     owned = sorted(id(p) for g in optimizer.param_groups for p in g["params"])
     assert owned == sorted(map(id, model.parameters())), "a parameter is in no optimizer group, or in two"
     more = {"dtype": str(dtype)[6:], "processes": world, "latents": "x".join(map(str, cfg.shape))}
-    run.write_config(cfg, f"{METHOD}_{BACKBONE}", device, data, held_out, model, **more)
-    run.restore(model, ema, optimizer, timer)
+    run.write_config(cfg, f"{METHOD}/{METHOD}_{BACKBONE}", device, data, held_out, model, **more)
     if rank == 0 and run.step == 0:
         if cfg.vae == "train":
             own = run.dir / "code" / "vae"
@@ -949,6 +950,7 @@ def train(cfg):
         sample_grid(ema.model, replace(cfg, num_samples=2, sampling_steps=1), device)
     loss_per_sample(model, *get_batch(run.step)[0], cfg).mean().backward()
     model.zero_grad()
+    run.restore(model, ema, optimizer, timer)  # after the trial, which may change buffers
     no_copies = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
     net = nn.parallel.DistributedDataParallel(model, **no_copies) if world > 1 else model
     timer.lap("startup")

@@ -438,8 +438,9 @@ def evaluate(model, data, cfg, device, rank, world):
     t = (torch.arange(n) + 0.5) / n
     eps = torch.randn(n, *cfg.shape, generator=generator)
     losses = torch.zeros(n, device=device)  # other ranks' losses stay 0
-    for i in range(rank, n, 128 * world):
-        part = torch.arange(i, min(i + 128 * world, n), world)
+    size = min(128 * world, 4 * cfg.bs // cfg.grad_accum)  # without gradients, four times as many fit
+    for i in range(rank, n, size):
+        part = torch.arange(i, min(i + size, n), world)
         x0, y = data.images[part].to(device).float() / 127.5 - 1, data.labels[part].to(device)
         y = null(y, cfg) if cfg.class_dropout == 1 else y
         losses[part] = loss_per_sample(model, x0, y, t[part].to(device), eps[part].to(device), cfg)
@@ -476,8 +477,7 @@ def train(cfg):
     owned = sorted(id(p) for g in optimizer.param_groups for p in g["params"])
     assert owned == sorted(map(id, model.parameters())), "a parameter is in no optimizer group, or in two"
     more = {"dtype": str(dtype)[6:], "processes": world}
-    run.write_config(cfg, f"{METHOD}_{BACKBONE}", device, data, held_out, model, **more)
-    run.restore(model, ema, optimizer, timer)
+    run.write_config(cfg, f"{METHOD}/{METHOD}_{BACKBONE}", device, data, held_out, model, **more)
     held_out = common.evaluation_set(held_out)
 
     def get_batch(step):
@@ -500,6 +500,7 @@ def train(cfg):
         sample_grid(ema.model, replace(cfg, num_samples=2, sampling_steps=1), device)
     loss_per_sample(model, *get_batch(run.step)[0], cfg).mean().backward()
     model.zero_grad()
+    run.restore(model, ema, optimizer, timer)  # after the trial, which may change buffers
     no_copies = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
     net = nn.parallel.DistributedDataParallel(model, **no_copies) if world > 1 else model
     timer.lap("startup")

@@ -158,16 +158,34 @@ def call(command, what):
         raise Diverged(text) if "not finite" in text else UserError(f"{what}: {text}")
 
 
-def trial(folder, contender, theirs):
-    """Trains for two steps, not compiled -> the run's Config and dataset as dicts. Raises UserError."""
+def trial(folder, contender, theirs, sample):
+    """Trains for two steps, not compiled, and samples -> the run's Config and dataset as dicts. Raises
+    UserError."""
     home, script = folder / "trial", folder / "code" / contender["code"] / contender["script"]
     shutil.rmtree(home, ignore_errors=True)
     flags = [*TRAIN, *theirs, *contender["flags"], "--steps=2", "--minutes=0", "--compile=off"]
     call([sys.executable, script, *flags, f"--out={home}"], f"{contender['name']} does not train")
     (run,) = (f.parent for f in home.glob("*/*/run.yaml"))
     require((run / "metrics/val.jsonl").exists(), "the held-out loss is needed; leave out --eval-every 0")
+    command = [sys.executable, ROOT / "ddim_sample.py", run, *shlex.split(sample), "--num-samples=2"]
+    with contextlib.suppress(Diverged):  # after two steps, that says nothing
+        call([*command, "--npz", "--frames=0", "--compile=off"], f"{contender['name']} cannot be sampled")
     facts = yaml.safe_load((run / "run.yaml").read_text())
     return facts["config"], facts["dataset"]
+
+
+def check_dataset(config, dataset):
+    """Raises UserError if samples cannot be judged by what --dataset names."""
+    name, (channels, side, _) = config["dataset"], map(int, dataset["shape"].split("x"))
+    require(len(dataset["classes"]) > 1, f"{name} has one class, and a classifier needs two; use another")
+    held_out = dataset["test"]["images"]
+    require(
+        held_out >= quality.FEWEST, f"{name} has {held_out} test images, too few to judge by; use another"
+    )
+    for split in ("train", "test"):
+        data = common.load_dataset(name, config["data_root"], split, side, channels)
+        text = f"the runs have other images or labels than --dataset {name}, by which samples are judged"
+        require(data.fingerprint() == dataset[split]["fingerprint"], f"{text}; name theirs")
 
 
 class Output(torch.nn.Module):
@@ -206,12 +224,12 @@ def probe(file, config):
     return losses, flop
 
 
-def try_all(folder, contenders, theirs):
+def try_all(folder, contenders, theirs, sample):
     """Tries each for two steps -> ([those that train], Config of the baseline, dataset). Raises UserError."""
     kept, reference, config, dataset = [], None, None, None
     for c in contenders:
         try:
-            cfg, data = trial(folder, c, theirs)
+            cfg, data = trial(folder, c, theirs, sample)
             dataset = data if dataset is None else dataset
             require(data == dataset, f"{c['name']} trains on other images or classes")
         except (UserError, Diverged) as e:
@@ -226,6 +244,7 @@ def try_all(folder, contenders, theirs):
         same = not kept or bool(known and torch.allclose(losses, reference))
         kept.append(c | {"same loss": same, "flop": flop, "bs": cfg["bs"]})
     require(len(kept) > 1 or len(contenders) == 1, "only the baseline trains; see the notes")
+    check_dataset(config, dataset)
     return kept, config, dataset
 
 
@@ -495,7 +514,7 @@ def compare(files, flags, theirs, variants, new):
         same = {k: about[k] for k in key} == key
         require(same, f"{folder} compares other code, flags, samples or metrics; set another --out")
     else:
-        contenders, config, dataset = try_all(new, asked, theirs)
+        contenders, config, dataset = try_all(new, asked, theirs, flags.sample)
         about = key | {"contenders": contenders, "config": config, "dataset": dataset}
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / "code", ignore_errors=True)  # of a process killed right here

@@ -476,6 +476,8 @@ def main(argv):
         raise UserError("--dataset is not given; give what the samples imitate, such as --dataset mnist")
     device, stem = common.get_device(flags.device), Path(flags.out or Path(path).parent) / Path(path).stem
     images, labels, protocol = load_samples(path)
+    if flags.out and not stem.name.startswith(run := protocol.get("run", "")):
+        stem = stem.with_name(f"{run}_{stem.name}")  # samples in the folders of runs have equal names
     make_folder(stem.parent, "--out")
     n, channels, size = images.shape[:3]
     if flags.attributes:

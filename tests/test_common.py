@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -248,6 +248,11 @@ def test_resume_refuses_flags_and_code_that_would_change_the_experiment(tmp_path
         resume("--lr", "0.02")
     with pytest.raises(UserError, match="--kind is b, but a in"):  # newer than the run, which has the default
         resume("--kind", "b")
+    for more in (["--steps", "3"], ["--steps", "4"]):  # it counts the whole run
+        with pytest.raises(
+            UserError, match="--steps is .*, but the run has made 4; name those of the whole run"
+        ):
+            resume(*more)
     with pytest.raises(UserError, match="^the run has no checkpoint step_9.pt; there are step_00000004.pt$"):
         common.find_run(tmp_path / "checkpoints" / "step_9.pt")
     code = tmp_path / "code" / Path(__file__).name
@@ -263,8 +268,48 @@ def test_a_default_of_another_type_is_a_type_error(hint, default):
     """It is raised for whoever adds the field, so it is not a UserError."""
     with pytest.raises(TypeError, match=re.escape(f"Config.x is {hint}, but its default is {default!r}")):
         common._options("Config.x", hint, default)
-    with pytest.raises(TypeError, match="is <class 'bytes'>; a flag is a bool, int, float, str, Literal or"):
+    with pytest.raises(TypeError, match="is <class 'bytes'>; a flag is a bool, int, float, str, Literal, or"):
         common._options("Config.x", bytes, b"")
+
+
+def test_types_that_come_back_from_a_run_yaml():
+    assert common._options("Config.x", Literal[1, 2], 2)["type"] is int
+    for hint, default in ((tuple[bool, ...], (True,)), (tuple[Literal["a"], ...], ("a",))):
+        with pytest.raises(TypeError, match="a flag is a bool, int, float, str, Literal, or a tuple of"):
+            common._options("Config.x", hint, default)
+
+
+def test_modules_beside_a_script_belong_to_its_code(tmp_path):
+    (tmp_path / "idea.py").write_text("import common, helper\n")
+    (tmp_path / "helper.py").write_text("import os\n    from deeper import x\n")
+    (tmp_path / "deeper.py").write_text("")
+    (tmp_path / "other.py").write_text("")
+    kept = common.local_files(tmp_path / "idea.py")
+    assert sorted(kept) == ["common.py", "deeper.py", "helper.py", "idea.py"]
+    (tmp_path / "run" / "code").mkdir(parents=True)
+    (tmp_path / "run" / "run.yaml").write_text("")
+    for name, content in kept.items():
+        (tmp_path / "run" / "code" / name).write_bytes(content)
+    common.check_code(tmp_path / "run", tmp_path / "idea.py")
+    (tmp_path / "helper.py").write_text("import os, deeper  # edited\n")
+    with pytest.raises(UserError, match="^helper.py differs from the run's code; use python .*code/idea.py "):
+        common.check_code(tmp_path / "run", tmp_path / "idea.py")
+
+
+def test_a_full_disk_that_numpy_reports_is_one_line(tmp_path, capsys):
+    def write(file):
+        raise OSError("10 requested and 3 written")  # as its tofile() does, without a number
+
+    with pytest.raises(SystemExit), common.exit_on_user_error():
+        common.write_atomically(tmp_path / "x.npy", write)
+    assert capsys.readouterr().err.startswith("error: No space left on device: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_are_uint8():
+    data = replace(common.load_dataset("digits"), images=torch.zeros(20_000, 1, 8, 8))
+    with pytest.raises(UserError, match="images are torch.float32; convert them to uint8, 0 to 255"):
+        common.Batches(data, 8, 0, "cpu")
 
 
 def test_on_off_flags_alone_mean_on():
@@ -350,13 +395,14 @@ def test_errors_of_the_user_are_one_line_and_bugs_keep_their_traceback(capsys):
     for error, text in (
         (UserError("no such thing; use another"), "no such thing; use another"),
         (OSError(28, "disk full"), "disk full: the run folder; free some space, or set another folder .*"),
-        (OSError(36, "File name too long", "x" * 300), "File name too long: x{300}; use another path"),
-        (torch.OutOfMemoryError("no memory\nmore"), "no memory; use --grad-accum or .* --bs to sample"),
+        (OSError(36, "File name too long", "x" * 300), "File name too long: x{300}; use another path .*"),
+        (torch.OutOfMemoryError("no memory\nmore"), "no memory; use --grad-accum, .*; to sample, .* --bs"),
+        (RuntimeError("[enforce fail] can't allocate memory: 9 bytes"), ".*can't allocate memory.*; use .*"),
     ):
         with pytest.raises(SystemExit) as e, common.exit_on_user_error():
             raise error
         assert e.value.code == 2 and re.fullmatch(f"error: {text}\n", capsys.readouterr().err)
-    for error in (ZeroDivisionError(), ConnectionRefusedError(111, "about no path")):
+    for error in (ZeroDivisionError(), RuntimeError("other"), ConnectionRefusedError(111, "about no path")):
         with pytest.raises(type(error)), common.exit_on_user_error():
             raise error
 

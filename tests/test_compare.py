@@ -62,10 +62,11 @@ def test_no_verdict_where_a_seed_failed():
 
 def test_losses_on_the_latents_of_other_vaes_are_not_compared(monkeypatch):
     """Though equal outputs of a network give equal losses."""
-    monkeypatch.setattr(compare, "trial", lambda folder, c, theirs: ({"bs": 8, "vae_hash": c["vae"]}, "data"))
+    monkeypatch.setattr(compare, "trial", lambda folder, c, *_: ({"bs": 8, "vae_hash": c["vae"]}, "data"))
+    monkeypatch.setattr(compare, "check_dataset", lambda *_: None)
     monkeypatch.setattr(compare, "probe", lambda *_: (torch.ones(3), 1.0))
     contenders = [{"name": str(i), "code": "", "script": "", "vae": v} for i, v in enumerate("aab")]
-    kept, *_ = compare.try_all(Path("x"), contenders, [])
+    kept, *_ = compare.try_all(Path("x"), contenders, [], "")
     assert [c["same loss"] for c in kept] == [True, True, False]
 
 
@@ -164,6 +165,38 @@ def line_of(file, text):
 
 
 # ---- a comparison
+
+
+def test_samples_are_judged_by_the_images_of_the_runs(images):
+    """A fork may load others, and a classifier needs two classes."""
+    config, about = {"dataset": str(images), "data_root": ""}, {"shape": "1x8x8", "classes": ["a", "b"]}
+    for split in ("train", "test"):
+        data = compare.common.load_dataset(str(images), split=split, image_size=8, channels=1)
+        about[split] = {"fingerprint": data.fingerprint()}
+    about["test"]["images"] = 10
+    compare.check_dataset(config, about)
+    with pytest.raises(UserError, match="has 9 test images, too few to judge by; use another"):
+        compare.check_dataset(config, about | {"test": about["test"] | {"images": 9}})
+    with pytest.raises(UserError, match="has one class, and a classifier needs two; use another"):
+        compare.check_dataset(config, about | {"classes": ["a"]})
+    with pytest.raises(
+        UserError, match="the runs have other images or labels than --dataset .*; name theirs"
+    ):
+        compare.check_dataset(config, about | {"train": {"fingerprint": "0"}})
+
+
+def test_what_cannot_be_sampled_is_found_before_it_is_trained(images, tmp_path, capsys):
+    idea = tmp_path / "idea.py"
+    text = (ROOT / "rf_dit_cifar.py").read_text()
+    idea.write_text(
+        text.replace("return x - t * v, x +", "raise ValueError('unfit')\n    return x - t * v, x +")
+    )
+    idea.write_text(idea.read_text().replace("sample_grid(ema.model", "(lambda *_: ([], []))(ema.model"))
+    (tmp_path / "common.py").write_bytes((ROOT / "common.py").read_bytes())
+    words = [ROOT / "rf_dit_cifar.py", idea, "--dataset", images, *TINY, "--out", tmp_path / "out"]
+    with pytest.raises(UserError, match="idea cannot be sampled: ValueError: unfit"):
+        compare.main([*map(str, words)])
+    assert not (tmp_path / "out" / "runs").exists()
 
 
 def test_a_run_that_was_killed_before_it_saved_is_trained_anew(tmp_path, monkeypatch):

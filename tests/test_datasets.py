@@ -526,10 +526,19 @@ def test_a_folder_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
     assert e.value.filename == str(path / "dog")
 
 
+def test_photos_that_pillow_cannot_read_are_counted(tmp_path):
+    path = folder(tmp_path / "set", {"1.heic": b"", "2.HEIC": b"", "Thumbs.db": b""})
+    with pytest.raises(
+        UserError, match="no image in .*set that can be read, 2 .heic, 1 .db; use a folder or"
+    ):
+        common.load_dataset(str(path))
+
+
 def test_images_of_many_pixels_need_a_size(tmp_path):
-    Image.new("L", (4097, 4097)).save(tmp_path / "x.png")
-    with pytest.raises(UserError, match="has images of 4097 pixels; set --image-size, at most 4096"):
+    Image.new("L", (800, 513)).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match="has images of 513 pixels; set --image-size, such as 64"):
         common.load_dataset(str(tmp_path))
+    assert common.load_dataset(str(tmp_path), image_size=513).images.shape == (1, 1, 513, 513)
     assert common.load_dataset(str(tmp_path), image_size=8).images.shape == (1, 1, 8, 8)
 
 

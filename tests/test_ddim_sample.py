@@ -328,6 +328,32 @@ def test_predict_gets_guidance_in_its_interval_and_both_times():
     assert seen == [(t, w, t / 2) for t, w in zip(times, (1, 1, 3, 3, 3, 1), strict=True)]
 
 
+def test_networks_and_data_of_other_shapes():
+    """Two outputs; and sound, [B, C, L], with clipping."""
+
+    class Two(torch.nn.Module):
+        def forward(self, x, t, y):
+            return torch.cat([x, x], 1)
+
+    def predict(model, x, t, y, cfg, guidance, s):
+        v, _ = model(x, t, y).chunk(2, 1)
+        return 3 * v, v
+
+    def path(t, cfg):
+        return 1 - t, t
+
+    script = SimpleNamespace(predict=predict, path=path, sample_shape=lambda cfg: (2, 7))
+    run, flags = (
+        run_of(script, None, Two()),
+        d.Config(steps=4, spacing="trailing", clip_x0="on", guidance=1.0),
+    )
+    assert d.count_passes(run, flags, torch.zeros(1)) == (4, 0)
+    x = torch.randn(3, 2, 7)
+    x0, eps = d.predictor(run, flags, torch.zeros(3))(x, 0.5, 0.25)
+    torch.testing.assert_close(x0, (3 * x).clamp(-1, 1))
+    torch.testing.assert_close(0.5 * x0 + 0.5 * eps, x)
+
+
 def test_an_earlier_checkpoint_guides_within_the_interval():
     """Karras et al. 2024, eq. 3: away from the worse network, both without guidance of their own."""
 
@@ -454,6 +480,17 @@ def test_code_weights_and_configuration_come_from_the_run(run, main, script, tmp
     fork.write_text(fork.read_text().replace(".relu())", ".sin())"))
     main(run, *flags, "--out", tmp_path / "c")
     assert not np.array_equal(a[0], arrays(tmp_path / "c")[0])
+
+
+def test_a_fork_that_imports_another_script(run, main):
+    """Of two files with build_model(), the one that imports the other is the run's."""
+    fork = run / "code" / "my_fork.py"
+    shutil.copy(fork, run / "code" / "parent.py")
+    fork.write_text("import parent  # build_model is replaced\n" + fork.read_text())
+    assert "wrote" in main(run, "--num-samples", 2, "--steps", 1)
+    shutil.copy(run / "code" / "parent.py", run / "code" / "another.py")
+    with pytest.raises(SystemExit, match="2"):
+        main(run, "--num-samples", 2, "--steps", 1)
 
 
 def test_a_run_of_the_first_script(few, main, script, tmp_path):

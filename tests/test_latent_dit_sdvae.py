@@ -539,7 +539,8 @@ def test_the_null_caption_is_the_empty_one_and_captions_are_of_their_row(kind):
 def test_every_caption_of_an_image_is_drawn():
     cfg = replace(SMALL, **WORDS)
     captions = [["a cat", "a dog", "big cat"], [], ["a dog"]]
-    data = common.Dataset("x", torch.zeros(3, 1, 4, 4), torch.zeros(3).long(), ["x"], captions=captions)
+    images = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
+    data = common.Dataset("x", images, torch.zeros(3).long(), ["x"], captions=captions)
     y = ld.Captions(data, cfg, CPU)
     drawn = y(torch.zeros(9).long(), torch.arange(9) / 9)
     assert torch.equal(drawn, ld.encode_text(captions[0], cfg).repeat_interleave(3, 0))
@@ -946,6 +947,13 @@ def test_its_copies_of_the_dits_optimizer_and_times_are_the_same():
     for kind, shift in (("uniform", 1.0), ("uniform", 3.0), ("logit-normal", 1.0), ("logit-normal", 2.0)):
         more = {"t_sampling": kind, "shift": shift}
         assert torch.equal(ld.sample_t(u, Config(**more)), rf.sample_t(u, rf.Config(**more)))
+
+
+def test_a_cache_that_cannot_be_written_is_known_before_a_vae_is_trained(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(common, "Batches", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(NotADirectoryError):
+        prepared("train", tmp_path, cache=str(tmp_path / "file"))
 
 
 def test_a_folder_that_is_called_train_is_not_a_vae(tmp_path, monkeypatch):

@@ -294,13 +294,13 @@ def test_one_class_is_measured_by_inception_alone(tmp_path, monkeypatch, capsys)
     images = g.integers(0, 256, (220, 8, 8, 3), dtype=np.uint8)
     for i, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{i}.png")
-    np.savez(tmp_path / "s.npz", arr_0=images[:20])
+    np.savez(tmp_path / "s.npz", arr_0=images[:20], protocol=json.dumps({"run": "r7"}))
     arguments = [str(tmp_path / "s.npz"), "--dataset", str(folder)]
     with pytest.raises(common.UserError, match="has one class.*; give --inception"):
         q.main(arguments)
     monkeypatch.setattr(q, "inception", lambda path, device: lambda x: x.flatten(1)[:, :5].float())
     q.main([*arguments, "--inception", "x", "--out", str(tmp_path / "out")])
-    metrics = json.loads((tmp_path / "out" / "s_quality.json").read_text())["metrics"]
+    metrics = json.loads((tmp_path / "out" / "r7_s_quality.json").read_text())["metrics"]
     assert set(metrics) == {"distance to train", "nearest training images", "FD Inception", "KID Inception"}
     assert "classifier" not in capsys.readouterr().out
 

@@ -111,7 +111,8 @@ def test_the_loop_trains_and_evaluates_as_it_says(script, train, vae, monkeypatc
 
     state = common.newest_checkpoint(run)
     assert any(not torch.equal(state["ema"][k], v) for k, v in state["model"].items())
-    last = [c for c in calls if c[3] is not None][-16:]  # 2,000 held-out images in batches of 128
+    last = [c for c in calls if c[3] is not None][-63:]  # 2,000 held-out images in batches of 4 x 8
+    assert [len(c[0]) for c in last] == [32] * 62 + [16]
     ours, others = (encode(d.images / 127.5 - 1).flatten(1) for d in (held_out, data))
     for x0, _, _, used, _ in last:
         assert same(used, state["ema"])
@@ -371,6 +372,27 @@ def test_what_a_fork_draws_in_its_loss_is_the_same_when_resumed(script, train, m
         at_step(m, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         run = train(script, "--steps", 8, "--eval-every", 0, logs="cut", status=common.EXIT_PREEMPTED)
     assert same(weights(train(script, "--resume", run, logs="cut")), weights(whole))
+
+
+def test_buffers_resume_exactly(train, monkeypatch):
+    """Those of batch norm, which change whenever the network runs. (The method's name has two words.)"""
+
+    class Normed(rf.DiT):
+        def __init__(self, cfg):
+            super().__init__(cfg)
+            self.first = torch.nn.BatchNorm2d(cfg.shape[0])
+
+        def forward(self, x, t, y):
+            return super().forward(self.first(x), t, y)
+
+    monkeypatch.setattr(rf, "build_model", Normed)
+    monkeypatch.setattr(rf, "METHOD", "my_idea")
+    flags = ["--steps", 4, "--save-every", 2, "--keep", 9, "--eval-every", 0]
+    whole = train(rf, *flags, logs="whole")
+    assert whole.parent.name == "my_idea" and whole.name.startswith("my_idea_dit_")
+    run = train(rf, *flags, logs="cut")
+    train(rf, "--resume", run / "checkpoints" / "step_00000002.pt", logs="cut")
+    assert same(weights(run), weights(whole))
 
 
 def snapshot(folder):
