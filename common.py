@@ -73,7 +73,7 @@ def exit_on_user_error():
         if e.filename is None and not disk:  # a programming error
             raise
         advice = "free some space, or set another folder" if disk else "use another path"
-        message = f"{e.strerror}: {e.filename or 'the run folder'}; {advice} (--out, --cache)"
+        message = f"{e.strerror}: {e.filename or 'the run folder'}; {advice} (--dataset, --out, --cache)"
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 

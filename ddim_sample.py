@@ -145,10 +145,7 @@ def resolve(flags, config):
         (not flags.compare or ddim, "--compare uses every solver; leave out --solver"),
         (not flags.compare or not flags.steps, "--compare has its own steps; leave out --steps"),
         (flags.solver != "own" or not own, f"--solver own has no {own}; leave it out, or use --set"),
-        (
-            flags.solver == "own" or not unused,
-            f"--set {unused} is for the script's sampler; add --solver own",
-        ),
+        (not unused or flags.solver == "own", f"--set {unused} is for the own sampler; add --solver own"),
         (flags.solver != "own" or not flags.interpolate, "--interpolate has no --solver own; use another"),
         (Path(flags.export or "x").name, "--export is not the name of a file; use x.safetensors"),
         (flags.interpolate != 1, "--interpolate is 1; it must be at least 2 images per row"),

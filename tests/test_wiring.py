@@ -107,6 +107,9 @@ def test_the_loop_trains_and_evaluates_as_it_says(script, train, vae, monkeypatc
         torch.testing.assert_close(x0, encode(x), rtol=0, atol=0.03)  # latents are made and kept in 16 bits
         assert ((y == labels) | (y == 10)).all() and 0 < t.min() and t.max() <= 1
         nulls += (y == 10).sum().item()
+        generator = torch.Generator().manual_seed(common.derive_seed(3, "noise", step))
+        torch.randn(x0.shape, generator=generator)  # eps is drawn first
+        assert torch.equal(t, script.sample_t(torch.rand(2, 8, generator=generator)[0], script.Config()))
     assert 0.22 < nulls / 480 < 0.38  # of 480 draws, four deviations either way
 
     state = common.newest_checkpoint(run)
