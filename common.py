@@ -996,10 +996,12 @@ class Run:
         self.step = self.start_step = old["step"]
         self.seconds, self.num_skipped = old["seconds"], old["skipped"]
         self.agreed = False, self.seconds
-        for name, done in {"steps": old["step"], "minutes": old["seconds"] / 60}.items():
-            was, now = old["config"].get(name), getattr(cfg, name, 0)
-            text = f"{_flag(name)} is {now}, but the run has made {done:.5g}; name those of the whole run"
-            require(now in (was, 0) or now > done, text)
+        done = {"steps": old["step"], "minutes": old["seconds"] / 60}
+        limits = {k: getattr(cfg, k, 0) for k in done}
+        if any(limits[k] != old["config"].get(k, 0) for k in done):
+            for k, v in limits.items():
+                text = f"{_flag(k)} is {v}, but the run has made {done[k]:.5g}; name those of the whole run"
+                require(not v or v > done[k], text + ", or 0" * (k == "minutes"))
         for f in (f for f in fields(cfg) if f.name not in ("resume", "config") and not f.metadata):
             was, now = old["config"].get(f.name, f.default), getattr(cfg, f.name)
             text = f"{_flag(f.name)} is {now}, but {was} in {cfg.resume}"

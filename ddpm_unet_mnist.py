@@ -178,7 +178,8 @@ class Attention(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.heads = math.gcd(channels, max(1, channels // 64))  # of about 64 channels
+        most = max(1, channels // 64)  # heads of 64 channels or more
+        self.heads = next(h for h in range(most, 0, -1) if channels % h == 0)
         self.norm, self.qkv = Norm(channels), nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.proj.weight)
@@ -266,12 +267,12 @@ METHOD = "ddpm"
 def abar_table(schedule, T, device):
     """abar_0 = 1, abar_1, ..., abar_T as float64 [T + 1]."""
     k = torch.arange(T + 1, dtype=torch.float64)
-    if schedule == "linear":  # Ho et al. 2020, sec. 4, scaled so that any T ends at the same noise
-        betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
+    if schedule == "linear":  # Ho et al. 2020, sec. 4; with other T, a step is as long as 1000 / T of theirs
+        betas = 1 - (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)) ** (1000 / T)
     else:  # Nichol & Dhariwal 2021, eq. 17
         f = torch.cos((k / T + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = 1 - f[1:] / f[:-1]
-    abar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas.clamp(max=0.999), 0)])
+        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    abar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, 0)])
     return abar.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 

@@ -430,7 +430,7 @@ def report(contenders, cells):
             lines += ["| " + " | ".join(row) + " |"]
     count = len(lines) - lines.index("|---|---|---|---|---|---|") - 1
     text = f"Of {count} differences that are none, one in twenty has p < 0.05; for all together,"
-    return lines + ["", f"{text} p < {0.05 / max(count, 1):.1g} (Bonferroni)."]
+    return lines + ["", f"{text} p < {0.05 / max(count, 1):.2g} (Bonferroni)."]
 
 
 def draw_figure(file, contenders, cells):

@@ -102,7 +102,7 @@ def scheduler(cfg, **more):
     return s
 
 
-@pytest.mark.parametrize("channels, heads", [(32, 1), (128, 2), (200, 1), (224, 1), (320, 5)])
+@pytest.mark.parametrize("channels, heads", [(32, 1), (128, 2), (200, 2), (224, 2), (320, 5)])
 def test_heads_divide_the_channels(channels, heads):
     attention = ddpm.Attention(channels)
     assert attention.heads == heads and attention(torch.zeros(1, channels, 2, 2)).shape == (1, channels, 2, 2)
@@ -124,6 +124,10 @@ def test_schedule_is_that_of_diffusers(schedule):
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t), rtol=1e-12, atol=0)
     zero = torch.zeros(1, dtype=torch.float64)
     assert [v.item() for v in ddpm.path(zero, cfg)] == [1, 0]  # t = 0 is data
+    if schedule == "linear":  # whatever T is, t = 1 is the same noise
+        for T in (2, 10, 50):
+            end = ddpm.path(zero + 1, replace(cfg, timesteps=T))[0].item()
+            assert end == pytest.approx(alpha[-1].item(), rel=0.03), T
 
 
 @pytest.mark.parametrize("objective", ["eps", "v", "x0"])
@@ -312,19 +316,19 @@ def test_overfits_sixteen_images(tmp_path, monkeypatch):
         file = tmp_path / "few" / str(i % 10) / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(data.images[i, 0].numpy()).save(file)
-    flags = ["--dataset", tmp_path / "few", "--steps", 1000, "--width", 16, "--lr", 4e-3, "--bs", 32]
+    flags = ["--dataset", tmp_path / "few", "--steps", 500, "--width", 16, "--lr", 4e-3, "--bs", 32]
     run = train(tmp_path, monkeypatch, *flags, "--eval-every", 0)
     state = common.newest_checkpoint(run)
     cfg = Config(width=16, mults=(1, 2), shape=(1, 16, 16), guidance=1.0, sampling_steps=100)
     model = ddpm.build_model(cfg)
     model.load_state_dict(state["ema"])
     torch.manual_seed(0)
-    images, _ = ddpm.sample(model.eval(), torch.randn(10, *cfg.shape), torch.arange(10), cfg)
+    images, _ = ddpm.sample(model.eval(), torch.randn(20, *cfg.shape), torch.arange(20) % 10, cfg)
     targets = data.images[:16].float() / 127.5 - 1
     error = torch.cdist(images.flatten(1), targets.flatten(1)).square() / 256
     nearest = error.min(1)
     assert nearest.values.median() < 0.06, nearest  # the mean square of a digit is about 0.8
-    assert (nearest.indices % 10 == torch.arange(10)).float().mean() >= 0.9  # and of the class asked for
+    assert (nearest.indices % 10 == torch.arange(20) % 10).float().mean() >= 0.9  # and of the class asked for
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch):
@@ -395,13 +399,19 @@ def test_the_loop_reads_the_device_only_to_log(tmp_path, monkeypatch):
     assert counts[0] == counts[1], reads
 
 
-def test_minutes_end_a_run_annealed(tmp_path, monkeypatch):
+def test_minutes_end_a_run_annealed(tmp_path, monkeypatch, capsys):
     run = train(tmp_path, monkeypatch, "--minutes", 0.05, "--log-every", 1, "--eval-every", 0, "--warmup", 0)
     log = lines(run)
     assert 3 <= log[-1]["seconds"] < 4 and log[-1]["step"] < 20_000
     assert (
         log[-1]["lr"] < 0.05 * log[0]["lr"] and (run / "samples" / f"step_{log[-1]['step']:08d}.gif").exists()
     )
+    more = "--steps", log[-1]["step"] + 2
+    with pytest.raises(SystemExit, match="2"):  # the minutes are over, so more steps alone would do nothing
+        train(tmp_path, monkeypatch, "--resume", run, *more)
+    assert re.search(r"--minutes is 0.05, but the run has made 0.05\d*; .*, or 0$", capsys.readouterr().err)
+    train(tmp_path, monkeypatch, "--resume", run, *more, "--minutes", 0)
+    assert len(lines(run)) == len(log) + 2
 
 
 @pytest.mark.parametrize(

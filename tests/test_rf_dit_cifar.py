@@ -224,9 +224,9 @@ def test_guidance():
     x0, eps = rf.predict(model, x, t, y, replace(cfg, class_dropout=1.0), 2.0)
     torch.testing.assert_close(eps - x0, torch.full_like(x, 10.0))
     calls.clear()
-    cfg = replace(cfg, guidance=2.0, guidance_interval=(0.3, 0.6), sampling_steps=10)
+    cfg = replace(cfg, guidance=2.0, guidance_interval=(0.2, 0.6), sampling_steps=10)
     rf.sample(model, x, y, cfg)
-    assert calls == [4] * 4 + [8] * 4 + [4] * 2  # t = 1, 0.9, ..., 0.1; 0.6 to 0.3 with guidance
+    assert calls == [4] * 4 + [8] * 5 + [4]  # t = 1, 0.9, ..., 0.1; 0.6 to 0.2 with guidance
 
 
 def test_conditions():
@@ -392,7 +392,7 @@ def test_overfits_ten_images(tmp_path, monkeypatch):
         file.parent.mkdir(parents=True)
         Image.fromarray(data.images[i, 0].numpy()).save(file)
     flags = ["--dataset", tmp_path / "few", "--dim", 64, "--depth", 4, "--bs", 40, "--lr", 4e-3]
-    run = train(tmp_path, monkeypatch, *flags, "--muon-lr", 0.05, "--steps", 1000, "--eval-every", 0)
+    run = train(tmp_path, monkeypatch, *flags, "--muon-lr", 0.05, "--steps", 500, "--eval-every", 0)
     cfg = replace(SMALL, dim=64, depth=4, guidance=1.0)
     model = rf.build_model(cfg)
     model.load_state_dict(common.newest_checkpoint(run)["ema"])
