@@ -14,6 +14,8 @@ import itertools
 import json
 import math
 import os
+import pickle
+import random
 import re
 import signal
 import subprocess
@@ -68,12 +70,15 @@ def exit_on_user_error():
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
-    except OSError as e:
-        disk = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-        if e.filename is None and not disk:  # a programming error
+    except Exception as e:
+        path = isinstance(e, OSError) and e.filename
+        full = os.strerror(errno.ENOSPC) in str(e)  # libraries have errors of their own
+        full = full or getattr(e, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+        if not (full or path):  # a programming error
             raise
-        advice = "free some space, or set another folder" if disk else "use another path"
-        message = f"{e.strerror}: {e.filename or 'the run folder'}; {advice} (--dataset, --out, --cache)"
+        advice = "free some space, or set another folder" if full else "use another path"
+        text = getattr(e, "strerror", "") or first_line(e)
+        message = f"{text}: {path or 'the run folder'}; {advice} (--dataset, --out, --cache)"
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -97,6 +102,7 @@ def require_range(cfg, names, low, high=math.inf, exclude_low=False):
         allowed = f"above {low:g}" if exclude_low else allowed
         good = low < value if exclude_low else low <= value
         good = good and value <= high and value < math.inf
+        allowed += " and finite" * (not math.isfinite(value))
         require(good, f"{_flag(name)} is {value}; it must be {allowed}")
 
 
@@ -166,6 +172,10 @@ def parse(Config, doc, argv=None):
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as e:
         text = f"{file} is not a readable run.yaml ({first_line(e)}); use one that a run wrote"
         raise UserError(text) from None
+    for k, v in stored.items():
+        require(v is not None and k not in ("config", "resume"), f"{file}: {k} is {v}; leave it out")
+        if isinstance(v, bool) and hints.get(k) is not bool:  # YAML reads `flip: off` as false
+            stored[k] = "on" if v else "off"
     derived = {k: stored.pop(k) for k in [*stored] if k in hints and k not in flags}
     derived = {k: tuple(v) if isinstance(v, list) else v for k, v in derived.items()}
     try:
@@ -213,6 +223,14 @@ def _options(name, hint, default):
 def derive_seed(*key):
     """Any key -> an integer in [0, 2^63), the same in every process (unlike hash() of a string)."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def seed_all(*key):
+    """Seeds what is drawn without a generator of its own: by PyTorch, NumPy and Python."""
+    seed = derive_seed(*key)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def get_device(name):
@@ -297,6 +315,7 @@ def to_device(x, device):
 BUILT_IN = ("mnist", "cifar10", "digits")
 MAX_BYTES = 2 << 30  # larger datasets are not held in memory; their files are decoded when they are used
 TRAIN = ("train", "training")  # folder names of the splits
+CAPTIONS = "metadata.jsonl"
 HELD_OUT = ("test", "testing", "val", "valid", "validation")  # the first that exists is used
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 # Threads that read and decode images. They run each operation on one core: if OpenMP has more threads than
@@ -432,7 +451,7 @@ def _files(root, split, size, channels, max_bytes, captions=False):
     """A folder or .zip of images; see find_images, decode_image and read_captions."""
     splits, ignored = find_images(root)
     if captions:  # read_captions reports those without an image
-        del ignored[".txt"], ignored[".jsonl"]
+        del ignored[".txt"], ignored["captions"]
     if ignored and split == "train":
         print0(f"note    ignored in {root}: {', '.join(f'{n} {kind}' for kind, n in ignored.most_common(6))}")
     classes = sorted({c for c, _ in splits["train"]}, key=natural)
@@ -481,7 +500,7 @@ def find_images(root):
                 images.append((place, name))
                 paths.append(parts)
             else:
-                ignored[suffix or "without a suffix"] += 1
+                ignored["captions" if parts[-1] == CAPTIONS else suffix or "without a suffix"] += 1
         others = "".join(f", {n} {kind}" for kind, n in ignored.most_common(6))
         text = f"there is no image in {place} that can be read{others}; use a folder or .zip with images"
         require(images and images[-1][0] == place, text)
@@ -536,15 +555,19 @@ def list_files(root):
         names = []
         for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
             names += [os.path.relpath(os.path.join(folder, f), root) for f in files]
-            for f in [*subfolders]:  # a link to a parent would never end; a run is not a dataset
-                endless = f"{os.path.realpath(folder)}/".startswith(f"{os.path.realpath(f'{folder}/{f}')}/")
+            above = [os.path.realpath(p) for p in (folder, *Path(folder).parents)]
+            for f in [*subfolders]:  # a link to a folder above would never end; a run is not a dataset
+                place = os.path.realpath(f"{folder}/{f}")
+                endless = any(f"{p}/".startswith(f"{place}/") for p in above)
                 if endless or os.path.exists(f"{folder}/{f}/run.yaml"):
                     subfolders.remove(f)
     else:  # its files are read one by one and never extracted: no name can lead outside
         try:
             names = [n for n in open_zip(root).namelist() if n[-1:] not in ("", "/", "\\")]
-        except (OSError, zipfile.BadZipFile) as e:
+        except Exception as e:  # damaged files raise nearly anything
             raise UserError(f"{root} is not a folder or .zip of images ({first_line(e)}); use one") from None
+        twice = [n for n, count in Counter(names).items() if count > 1]
+        require(not twice, f"{root} has {len(twice)} names twice ({', '.join(twice[:3])}); make it again")
     return sorted((n for n in names if not hidden.search(n)), key=natural)
 
 
@@ -562,11 +585,11 @@ def read_captions(splits, split):
         for name in list_files(root):
             *folder, last = parts = path_parts(name)
             stem, suffix = os.path.splitext(last)
-            if suffix.lower() not in (".txt", ".jsonl"):
+            if suffix.lower() != ".txt" and last != CAPTIONS:
                 continue
             try:
                 data = read_bytes(root, name)
-                if last == "metadata.jsonl":
+                if last == CAPTIONS:
                     found = [json.loads(line) for line in data.splitlines() if line.strip()]
                     found = [((root, *folder, *path_parts(x["file_name"])), x["text"]) for x in found]
                 else:
@@ -582,6 +605,9 @@ def read_captions(splits, split):
                 lost += ["/".join(image[1:])] * (image not in captions)
                 captions.setdefault(image, []).extend(text for text in texts if text)
     if not any(captions[image] for image in images):
+        wrong = [name for name in lost if not name.lower().endswith(".txt")]
+        text = f"none of the {len(wrong)} captions in {CAPTIONS} has an image ({wrong[0] if wrong else ''})"
+        require(not wrong, f"{text}; write file names relative to its folder")
         return []
     names = [(root, *path_parts(name)) for _, (root, name) in splits[split]]
     kinds = {"images have no caption": ["/".join(image[1:]) for image in names if not captions[image]]}
@@ -895,21 +921,23 @@ def newest_checkpoint(path):
 
 
 def local_files(script):
-    """{name: content} of a script, common.py, and the modules beside them that these import."""
-    found, todo = {}, [Path(script), Path(__file__)]
+    """{name: content} of a script, common.py, and the modules and packages beside them that these import."""
+    found, todo = {}, [(Path(f).parent, Path(f)) for f in (__file__, script)]
     while todo:
-        file = todo.pop()
-        found[file.name] = file.read_bytes()
-        lines = re.findall(r"^ *(?:from|import) .*", found[file.name].decode(errors="replace"), re.M)
-        beside = (file.with_name(f"{word}.py") for word in re.findall(r"\w+", " ".join(lines)))
-        todo += [f for f in beside if f.exists() and f.name not in found]
+        home, file = todo.pop()
+        name = str(file.relative_to(home))
+        if name not in found:
+            found[name] = file.read_bytes()
+            lines = re.findall(r"^ *(?:from|import) .*", found[name].decode(errors="replace"), re.M)
+            for word in re.findall(r"\w+", " ".join(lines)):
+                todo += [(home, f) for f in (home / f"{word}.py", *(home / word).rglob("*.py")) if f.exists()]
     return found
 
 
 def check_code(path, script):
     """Raises UserError if local_files() differ from the copies in the run's code folder."""
     code, name = find_run(path) / "code", Path(script).name
-    kept = {f.name: f.read_bytes() for f in sorted(code.glob("*.py"))}
+    kept = {str(f.relative_to(code)): f.read_bytes() for f in sorted(code.rglob("*.py"))}
     changed = [n for n, content in local_files(script).items() if kept.get(n) != content]
     own = name if name in kept else next((n for n in kept if n != "common.py"), "SCRIPT.py")
     text = f"{' and '.join(changed)} differs from the run's code; use python {code / own} --resume {path}"
@@ -927,6 +955,14 @@ def commit():
         changes = git("status", "--porcelain", "--untracked-files=normal").splitlines()
         return git("rev-parse", "HEAD") + "-dirty" * any(x[:2] != "??" or x.endswith(".py") for x in changes)
     return ""
+
+
+def step_of(line):
+    """The step of a line of a log, or infinity if it is torn."""
+    with contextlib.suppress(ValueError):
+        values = json.loads(line)
+        return values.get("step", 0) if isinstance(values, dict) else 0
+    return math.inf
 
 
 class Tee:
@@ -980,7 +1016,7 @@ class Run:
     def __init__(self, cfg, script, rank=0):
         self.cfg, self.script, self.rank, self.stopping, self.dir = cfg, Path(script), rank, False, None
         self.step = self.start_step = self.num_skipped = self.bad_steps_in_a_row = 0
-        self.seconds, self.agreed = 0.0, (False, 0.0)
+        self.seconds, self.agreed, self.next_sync = 0.0, (False, 0.0, 0), 0
         self.pending, self.last, self.checkpoint, self.config = [], {}, None, None
         self.code = local_files(script)  # read now, as it may be edited soon
         for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -995,7 +1031,7 @@ class Run:
         old = self.checkpoint = newest_checkpoint(cfg.resume)
         self.step = self.start_step = old["step"]
         self.seconds, self.num_skipped = old["seconds"], old["skipped"]
-        self.agreed = False, self.seconds
+        self.agreed = False, self.seconds, self.step
         done = {"steps": old["step"], "minutes": old["seconds"] / 60}
         limits = {k: getattr(cfg, k, 0) for k in done}
         if any(limits[k] != old["config"].get(k, 0) for k in done):
@@ -1070,6 +1106,7 @@ class Run:
         else:
             self._open(self._make_folder(name))
             for file, text in self.code.items():
+                (self.dir / "code" / file).parent.mkdir(parents=True, exist_ok=True)
                 (self.dir / "code" / file).write_bytes(text)
         text = yaml.safe_dump(facts, sort_keys=False, default_flow_style=None)
         write_atomically(self.dir / "run.yaml", lambda f: f.write(text.encode()))
@@ -1090,18 +1127,26 @@ class Run:
         for file in (f for sub in (".", "checkpoints", "metrics") for f in (self.dir / sub).glob(".*.tmp")):
             file.unlink()  # of a killed process, see write_atomically
         for file in (self.dir / "metrics").glob("*.jsonl"):
-            lines = [x for x in file.read_text().splitlines(True) if x.endswith("}\n")]  # not torn
-            kept = [x for x in lines if json.loads(x)["step"] <= self.step]
-            if lines[len(kept) :]:
-                with open(f"{file}.old", "a") as f:
-                    f.writelines(lines[len(kept) :])
-            write_atomically(file, lambda f, kept=kept: f.write("".join(kept).encode()))
+            kept, later = [], []
+            for line in file.read_bytes().splitlines(True):
+                (kept if step_of(line) <= self.step else later).append(line)
+            if later:
+                with open(f"{file}.old", "ab") as f:
+                    f.writelines(later)
+                write_atomically(file, lambda f, kept=kept: f.writelines(kept))
         for file in [*checkpoints(self.dir), *self.dir.glob(f"samples/step_{'[0-9]' * 8}*")]:
             if file.suffix != ".old" and int(file.name[5:13]) > self.step:
                 file.rename(f"{file}.{time.time_ns()}.old")
 
     def restore(self, model, ema, optimizer, timer):
         """Loads what save() wrote, if the run continues from a checkpoint."""
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        try:
+            torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+        except pickle.UnpicklingError as e:
+            text = f"the optimizer's state could not be loaded again ({str(e).splitlines()[-1]})"
+            raise UserError(f"{text}; keep only tensors and Python's numbers in its groups") from None
         if self.checkpoint:
             model.load_state_dict(self.checkpoint["model"])
             ema.model.load_state_dict(self.checkpoint["ema"])
@@ -1110,14 +1155,16 @@ class Run:
             self.checkpoint = None  # frees its memory
 
     def sync(self, step, seconds):
-        """(stopping, seconds of training) on which all ranks agree, every --log-every steps."""
+        """(stopping, seconds of training) on which all ranks agree, every 5 seconds or --log-every steps."""
         if not dist.is_initialized():
             return self.stopping, seconds
-        if step % self.cfg.log_every == 0:
-            agreed = torch.tensor([self.stopping, seconds], dtype=torch.float64)
-            dist.all_reduce(agreed, dist.ReduceOp.MAX)
-            self.agreed = bool(agreed[0]), agreed[1].item()
-        return self.agreed
+        if step >= self.next_sync:
+            new = torch.tensor([self.stopping, seconds], dtype=torch.float64)
+            dist.all_reduce(new, dist.ReduceOp.MAX)
+            pace = (new[1].item() - self.agreed[1]) / max(1, step - self.agreed[2])  # seconds per step
+            self.next_sync = step + max(1, min(self.cfg.log_every, int(5 / max(pace, 1e-3))))
+            self.agreed = bool(new[0]), new[1].item(), step
+        return self.agreed[:2]
 
     def log(self, step, **values):
         """Keeps a step's numbers, which the device may still be computing, until the next flush()."""
@@ -1142,7 +1189,8 @@ class Run:
             self.num_skipped += bad
             self.bad_steps_in_a_row = (self.bad_steps_in_a_row + 1) * bad
             if bad:
-                x |= {"loss": None, "grad_norm": None, "skipped": True}  # JSON has no NaN
+                x |= {"loss": None, "grad_norm": None, "skipped": True}
+            x |= {k: None for k, v in x.items() if v != v or v in (math.inf, -math.inf)}  # JSON has no NaN
             if self.bad_steps_in_a_row == 10:
                 self._append("loss", lines[: lines.index(x) + 1])
                 text = f"error: loss or gradient not finite in ten steps in a row, up to step {x['step']}"

@@ -17,15 +17,18 @@ executed, so only sample runs that you trust.
     python ddim_sample.py RUN --compare                             every solver from the same noise
 """
 
+import functools
 import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 import typing
+import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from itertools import pairwise
@@ -147,7 +150,7 @@ def resolve(flags, config):
         (flags.solver != "own" or not own, f"--solver own has no {own}; leave it out, or use --set"),
         (not unused or flags.solver == "own", f"--set {unused} is for the own sampler; add --solver own"),
         (flags.solver != "own" or not flags.interpolate, "--interpolate has no --solver own; use another"),
-        (Path(flags.export or "x").name, "--export is not the name of a file; use x.safetensors"),
+        (re.search(r"^$|[^/]\.safetensors$", flags.export), "--export must be a file such as x.safetensors"),
         (flags.interpolate != 1, "--interpolate is 1; it must be at least 2 images per row"),
         (flags.num_samples <= 1000 or files, f"--num-samples: too many for a picture; use {fewer}"),
         (not modes or WORLD == 1, f"{mode} runs in one process; use torchrun --nproc-per-node=1"),
@@ -328,12 +331,16 @@ def load_run(path, flags):
         return path
 
     exported = flags.weights not in ("ema", "model")
+    text = f"{path} is a checkpoint; leave out --step and --weights FILE, or name the run"
+    require(not (str(path).endswith(".pt") and (flags.step or exported)), text)
     if exported:
         require(not flags.step, f"--weights {flags.weights} has a step of its own; leave out --step")
         states = [import_weights(flags.weights)]
     else:
         states = [common.newest_checkpoint(checkpoint(flags.step, "--step") if flags.step else path)]
     if flags.guide:
+        text = f"--guide {flags.guide} is the checkpoint that is sampled; use an earlier one"
+        require(flags.guide != states[0]["step"], text)
         states.append(common.load_checkpoint(checkpoint(flags.guide, "--guide")))
     script = load_script(folder)
     try:
@@ -345,7 +352,7 @@ def load_run(path, flags):
             model.load_state_dict(state["ema" if exported else flags.weights])
             models.append(model.eval().requires_grad_(False))
     except (ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError, RuntimeError) as e:
-        text = f"code, run.yaml and checkpoint of {folder} do not match ({common.first_line(e)})"
+        text = f"code, run.yaml and checkpoint of {folder} do not match ({' '.join(str(e).split())[:300]})"
         raise UserError(f"{text}; restore them") from None
     flags, config, timesteps, conditional = resolve(flags, config)
     if flags.set and hasattr(script, "check"):
@@ -362,7 +369,8 @@ def export(run, flags):
     local = ("resume", "config", "data_root", "out", "cache")  # paths on this machine
     config = {k: v for k, v in asdict(run.config).items() if k not in local}
     about = {"contract": VERSION, "step": str(run.step), "config": json.dumps(config)}
-    data = save({k: v.cpu().contiguous() for k, v in run.models[0].state_dict().items()}, about)
+    weights = {k: v.cpu().contiguous().clone() for k, v in run.models[0].state_dict().items()}  # may be tied
+    data = save(weights, about)
     common.write_atomically(Path(flags.export), lambda f: f.write(data))
     common.print0(f"wrote {flags.export}")
 
@@ -495,6 +503,8 @@ def sample(run, flags, y, path):
     settings = {"run": run.folder.resolve().name, "step": run.step, "nfe": nfe, "bs": bs}
     keys = ["solver", "steps", "guidance", "prompt", "seed", *SETTINGS]
     settings |= {k: getattr(flags, k) for k in keys} | {"dtype": str(dtype)[6:]}
+    weights = (v.cpu().reshape(-1).view(torch.uint8) for v in run.models[0].state_dict().values())
+    settings["crc"] = functools.reduce(lambda crc, v: zlib.crc32(v.numpy(), crc), weights, 0)
     settings = json.dumps(settings | {"compiled": compiled, "rounding": "round(127.5 x + 127.5)"})
 
     part.mkdir(exist_ok=True)
@@ -514,6 +524,7 @@ def sample(run, flags, y, path):
         for i in tqdm(todo[0][RANK::WORLD], unit="batch", disable=RANK > 0 or not sys.stderr.isatty()):
             indices = range(i, i + bs)  # the last batch is full, too: a smaller one would be compiled anew
             (eps, noise), labels = noise_of(run, flags, indices), y[indices_in(y, indices)]
+            common.seed_all(flags.seed, "batch", i)  # for what a model draws
             x, x0s = solve(run, flags, eps, labels, noise, flags.frames * (i == 0))
             images = to_images(run, x)[: num - i]
             text = f"samples from {i} on are not finite; try --clip-x0 on, or more --steps"
@@ -536,12 +547,17 @@ def sample(run, flags, y, path):
 def pack(run, flags, y, path, files, shown, prompts, settings):
     """Batches of samples, .npy uint8 [B, H, W, C] -> PATH.png of the first, PATH.npz, PATH/000000.png, ..."""
     num, (B, H, W, C) = flags.num_samples, np.load(files[0]).shape
-    pixels = files[0].with_name("all.npy")  # on the disk: there may be more than fit into memory
-    pixels = np.lib.format.open_memmap(pixels, "w+", np.uint8, (num, H, W, C))
-    for i, file in enumerate(files):
-        pixels[i * B : (i + 1) * B] = np.load(file)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (num, H, W, C)}
+
+    def write(f):
+        np.lib.format.write_array_header_1_0(f, header)
+        f.writelines(np.load(file) for file in files)
+
+    whole = files[0].with_name("all.npy")  # on the disk: there may be more than fit into memory
+    common.write_atomically(whole, write)
+    pixels = np.load(whole, mmap_mode="r")
     if shown > B:
-        images = torch.from_numpy(pixels[:shown]).permute(0, 3, 1, 2) / 127.5 - 1
+        images = torch.tensor(pixels[:shown]).permute(0, 3, 1, 2) / 127.5 - 1
         common.save_images(path, images, captions=prompts[:shown])
     if flags.npz:
         classes = run.conditional and not prompts
@@ -583,7 +599,7 @@ def invert_images(run, flags, y, path):
     require(pixels == shape, f"--invert is for pixels, and this run has latents {shape}; leave it out")
     data = common.load_dataset(flags.dataset, flags.data_root, "test", side, channels)
     facts = yaml.safe_load((run.folder / "run.yaml").read_text())
-    same = facts["dataset"]["test"]["fingerprint"] == data.fingerprint()
+    same = facts["dataset"]["test"]["fingerprint"] == data.fingerprint() and data.images.shape[1:] == shape
     require(same, f"{flags.dataset} is not the run's dataset; set --dataset to that")
     rows = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(flags.seed))
     rows = rows[torch.isin(data.labels[rows], y)][: flags.num_samples].tolist()
@@ -637,9 +653,9 @@ def output_path(run, flags, given):
     name = f"{run.folder.resolve().name}_" * bool(given.out) + f"step_{run.step:08d}"
     name += f"_{flags.solver}{flags.steps or ''}" * (not given.compare)
     name += f"_w{flags.guidance:g}_seed{flags.seed}"
-    for key in (*SETTINGS, "interpolate", "dtype", "compile"):
+    for key in (*SETTINGS, "interpolate", "dtype", "compile", "rgb"):
         if (value := getattr(given, key)) != getattr(Config(), key):
-            value = "-".join(map(str, value)) if isinstance(value, tuple) else value
+            value = "+".join(map(str, value)) if isinstance(value, tuple) else value
             name += f"_{key.replace('_', '')}{value}".replace(",", "-").replace("/", "-")
     if given.prompt or given.prompts:  # prompts are long, and PATH.txt has them
         name += f"_prompt{derive_seed(flags.prompt):016x}"[:15]
@@ -666,6 +682,7 @@ def main(argv):
         common.write_atomically(Path(f"{path}.txt"), lambda f: f.write(text.encode()))
     for model in run.models if mode is not sample else []:
         common.prepare(model, flags, False)
+    common.seed_all(flags.seed)
     mode(run, flags, y, path)
 
 

@@ -123,7 +123,7 @@ def check(cfg):
     """Raises UserError for values that cannot work."""
     names = "vae_steps text_tokens sampling_steps num_samples steps bs grad_accum keep log_every"
     common.require_range(cfg, names, 1)
-    common.require_range(cfg, "minutes warmup weight_decay grad_clip", 0)
+    common.require_range(cfg, "minutes warmup weight_decay grad_clip guidance", 0)
     common.require_range(cfg, "eval_every sample_every save_every keep_every", 0)
     common.require_range(cfg, "ema_decay class_dropout", 0, 1)
     common.require_range(cfg, "lr muon_lr shift", 0, exclude_low=True)
@@ -297,7 +297,7 @@ def load_data_and_vae(cfg, device, rank, world):
     cfg = prepare_text(cfg, data)
     check(cfg)
     if path == "train":
-        key = derive_seed(data.fingerprint(), flip, shape, CODE["train_vae"])
+        key = derive_seed(pixels_key(data), flip, shape, CODE["train_vae"])
         name = f"vae_{data.name[:40]}_{C}x{side}_steps{cfg.vae_steps}_seed{cfg.seed}_{key:016x}"
         folder = cache_folder(cfg) / name
         if rank == 0 and not folder.exists():
@@ -319,6 +319,13 @@ def cache_folder(cfg):
     return Path(cfg.cache or Path(cfg.data_root or os.environ.get("DIFFUSION_DATA") or "data") / "latents")
 
 
+def pixels_key(data):
+    """Identifies what is encoded. The fingerprint is that of the files where there are some, and a fork may
+    change the images after they are read."""
+    pixels = replace(data, checksums=b"") if torch.is_tensor(data.images) else data
+    return pixels.fingerprint(), *PIXELS
+
+
 def barrier(world):
     """Waits for all ranks, on the CPU, for days if needed."""
     if world > 1:
@@ -331,7 +338,8 @@ def encode_dataset(data, vae, cfg, split, device, rank=0, world=1):
     V: the image, and its mirror image with --flip.
     """
     bf16, flip = common.supports_bf16(device), cfg.flip == "on" and split == "train"
-    key = (data.fingerprint(), data.images.shape, cfg.vae_hash, cfg.shape, flip, bf16, CODE["encode"])
+    key = (pixels_key(data), data.images.shape, cfg.vae_hash, cfg.shape, flip, bf16)
+    key += (CODE["encode"], CODE["encode_dataset"])
     name = f"{data.name[:40]}_{split}_{data.images.shape[-1]}px_{derive_seed(*key):016x}"
 
     def encode_part(indices):
@@ -498,7 +506,8 @@ def encode_text(texts, cfg, device="cpu"):
 
 
 # The source of what is cached, for the names of caches: a fork's differs. Read now, as it may be edited soon.
-CODE = {f.__name__: inspect.getsource(f) for f in (train_vae, encode, encode_text)}
+CODE = {f.__name__: inspect.getsource(f) for f in (train_vae, encode, encode_dataset, encode_text)}
+PIXELS = [inspect.getsource(f) for f in (common.decode_image, common.fit_image)]
 
 
 class Captions:
@@ -536,7 +545,7 @@ BACKBONE = "latentdit"
 def check_model(cfg):
     """Raises UserError for sizes that do not fit."""
     common.require_range(cfg, "dim depth heads patch", 1)
-    common.require_range(cfg, "mlp_ratio", 0, exclude_low=True)
+    common.require_range(cfg, "mlp_ratio", 0.25)
     side = cfg.shape[-1]
     fits = [p for p in range(1, side + 1) if side % p == 0]
     text = f"--patch ({cfg.patch}) must divide the side of the latents ({side}); possible are {fits}"
@@ -826,8 +835,8 @@ class Muon(torch.optim.AdamW):
             for p in group["params"]:
                 shapes.setdefault(p.shape, []).append(p)
             for (rows, columns), params in shapes.items():
-                g, state = torch.stack([p.grad for p in params]), self.state[params[0]]
-                beta, skip = group["momentum"], self.found_inf > 0
+                g = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
+                state, beta, skip = self.state[params[0]], group["momentum"], self.found_inf > 0
                 if not state:  # "step" because AdamW reads it when it loads
                     state |= {"momentum": torch.zeros_like(g), "step": torch.zeros(())}
                 m = state["momentum"].lerp(g, 1 - beta)
@@ -844,7 +853,7 @@ class Muon(torch.optim.AdamW):
 
 def make_optimizer(model, cfg, dtype):
     """Groups for Muon, and for AdamW with and without weight decay. dtype is that of newton_schulz()."""
-    named = dict(model.named_parameters())
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     muon = {n for n, p in named.items() if "blocks." in n and p.ndim == 2}
     require(muon, "Muon finds no matrix named blocks.*; rename the model's blocks, or use AdamW")
     rest = [p for n, p in named.items() if n not in muon]
@@ -867,7 +876,7 @@ def make_optimizer(model, cfg, dtype):
 def evaluate(model, chunks, y, cfg, device, rank, world):
     """(losses, times [n]) of held-out latents with conditions y [n, ...]. The noise and the evenly spaced
     times are always the same."""
-    n, generator = len(y), torch.Generator().manual_seed(derive_seed("evaluate"))
+    n, generator = len(y), torch.manual_seed(derive_seed("evaluate"))
     t = (torch.arange(n) + 0.5) / n  # the images are in random order
     eps = torch.randn(n, *cfg.shape, generator=generator)
     losses = torch.zeros(n, device=device)  # other ranks' losses stay 0
@@ -876,7 +885,8 @@ def evaluate(model, chunks, y, cfg, device, rank, world):
         part = torch.arange(i, min(i + size, n), world)
         x0 = torch.from_numpy(chunks[0][part, 0]).float()  # an evaluation set is one chunk
         cond = null(y[part], cfg) if cfg.class_dropout == 1 else y[part]
-        losses[part] = loss_per_sample(model, *(v.to(device) for v in (x0, cond, t[part], eps[part])), cfg)
+        loss = loss_per_sample(model, *(v.to(device) for v in (x0, cond, t[part], eps[part])), cfg)
+        losses[part] = loss.view(len(part))
     return losses, t
 
 
@@ -910,7 +920,7 @@ def train(cfg):
     timer.lap("load")
 
     # Model
-    torch.manual_seed(derive_seed(cfg.seed, "init"))
+    common.seed_all(cfg.seed, "init")
     model = build_model(cfg).to(device)
     ema = common.EMA(model, cfg.ema_decay)
     dtype, _ = common.prepare(model, cfg, cfg.steps >= 500 and not 0 < cfg.minutes < 1)
@@ -919,7 +929,8 @@ def train(cfg):
     bf16 = common.supports_bf16(device)
     optimizer = make_optimizer(model, cfg, torch.bfloat16 if bf16 else torch.float32)
     owned = sorted(id(p) for g in optimizer.param_groups for p in g["params"])
-    assert owned == sorted(map(id, model.parameters())), "a parameter is in no optimizer group, or in two"
+    trained = sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert owned == trained, "a parameter is in no optimizer group, or in two"
     more = {"dtype": str(dtype)[6:], "processes": world, "latents": "x".join(map(str, cfg.shape))}
     run.write_config(cfg, f"{METHOD}/{METHOD}_{BACKBONE}", device, data, held_out, model, **more)
     if rank == 0 and run.step == 0:
@@ -941,18 +952,25 @@ def train(cfg):
         t = sample_t(u[0], cfg)[latents.rank_slice]
         drop = (u[1] < cfg.class_dropout)[latents.rank_slice]
         y = torch.where(drop.view(-1, *[1] * (y.ndim - 1)), null(y, cfg), y)
-        torch.manual_seed(derive_seed(cfg.seed, "dropout", step, rank))  # of all other random numbers
+        common.seed_all(cfg.seed, "dropout", step, rank)  # of all other random numbers
         return list(zip(*(v.chunk(cfg.grad_accum) for v in (x0, y, t, eps)), strict=True))
 
     # Errors in evaluation and sampling show now and not after hours; the first pass compiles.
     evaluate(ema.model, held_out_latents, held_out_y[:8], cfg, device, rank, world)
     with common.warn_on_os_error("a trial picture"):
-        sample_grid(ema.model, replace(cfg, num_samples=2, sampling_steps=1), device)
-    loss_per_sample(model, *get_batch(run.step)[0], cfg).mean().backward()
+        images, _ = sample_grid(ema.model, replace(cfg, num_samples=2, sampling_steps=1), device)
+        assert images.shape[1] in (1, 3), f"decode() returns {images.shape[1]} channels; pictures have 1 or 3"
+    x0, y, t, eps = batch = get_batch(run.step)[0]
+    alpha, sigma = (c.view(-1, 1, 1, 1) for c in path(t, cfg))
+    x = alpha * x0 + sigma * eps
+    x0_hat, eps_hat = predict(ema.model, x, t, y, cfg)
+    off = (alpha * x0_hat + sigma * eps_hat - x).abs() > 0.01
+    assert not off.any(), "the estimates of predict() do not belong to path(): alpha x0 + sigma eps is not x"
+    loss_per_sample(model, *batch, cfg).mean().backward()
     model.zero_grad()
     run.restore(model, ema, optimizer, timer)  # after the trial, which may change buffers
-    no_copies = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-    net = nn.parallel.DistributedDataParallel(model, **no_copies) if world > 1 else model
+    ddp = functools.partial(nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)
+    net = ddp(model) if world > 1 else model
     timer.lap("startup")
 
     step, start_step, seconds, stopping = run.step, run.step, timer.seconds["train"], False
@@ -977,7 +995,8 @@ def train(cfg):
             part = loss_per_sample(net, *batch, cfg).mean() / cfg.grad_accum
             part.backward()
             loss += part.detach()
-        if step == start_step and (dead := [n for n, p in model.named_parameters() if p.grad is None]):
+        dead = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        if dead and step == 0:
             raise RuntimeError(f"no gradient reaches {', '.join(dead[:3])}; is the module used in forward()?")
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         if world > 1:

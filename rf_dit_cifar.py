@@ -94,7 +94,7 @@ class Config:
 def check(cfg):
     """Raises UserError for values that cannot work."""
     common.require_range(cfg, "sampling_steps num_samples steps bs grad_accum keep log_every", 1)
-    common.require_range(cfg, "minutes warmup weight_decay grad_clip", 0)
+    common.require_range(cfg, "minutes warmup weight_decay grad_clip guidance", 0)
     common.require_range(cfg, "eval_every sample_every save_every keep_every", 0)
     common.require_range(cfg, "ema_decay class_dropout", 0, 1)
     common.require_range(cfg, "lr muon_lr shift", 0, exclude_low=True)
@@ -117,7 +117,7 @@ BACKBONE = "dit"
 def check_model(cfg):
     """Raises UserError for sizes that do not fit."""
     common.require_range(cfg, "dim depth heads patch", 1)
-    common.require_range(cfg, "mlp_ratio", 0, exclude_low=True)
+    common.require_range(cfg, "mlp_ratio", 0.25)
     side = cfg.shape[-1]
     fits = [p for p in range(1, side + 1) if side % p == 0]
     text = f"--patch ({cfg.patch}) must divide the image side ({side}); possible are {fits}"
@@ -394,8 +394,8 @@ class Muon(torch.optim.AdamW):
             for p in group["params"]:
                 shapes.setdefault(p.shape, []).append(p)
             for (rows, columns), params in shapes.items():
-                g, state = torch.stack([p.grad for p in params]), self.state[params[0]]
-                beta, skip = group["momentum"], self.found_inf > 0
+                g = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
+                state, beta, skip = self.state[params[0]], group["momentum"], self.found_inf > 0
                 if not state:  # "step" because AdamW reads it when it loads
                     state |= {"momentum": torch.zeros_like(g), "step": torch.zeros(())}
                 m = state["momentum"].lerp(g, 1 - beta)
@@ -412,7 +412,7 @@ class Muon(torch.optim.AdamW):
 
 def make_optimizer(model, cfg, dtype):
     """Groups for Muon, and for AdamW with and without weight decay. dtype is that of newton_schulz()."""
-    named = dict(model.named_parameters())
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     muon = {n for n, p in named.items() if "blocks." in n and p.ndim == 2 and cfg.optimizer == "muon"}
     require(muon or cfg.optimizer != "muon", "Muon finds no matrix named blocks.*; use --optimizer adamw")
     rest = [p for n, p in named.items() if n not in muon]
@@ -434,7 +434,7 @@ def make_optimizer(model, cfg, dtype):
 @torch.no_grad()
 def evaluate(model, data, cfg, device, rank, world):
     """(losses, times [n]) of held-out images. The noise and the evenly spaced times are always the same."""
-    n, generator = len(data.labels), torch.Generator().manual_seed(derive_seed("evaluate"))
+    n, generator = len(data.labels), torch.manual_seed(derive_seed("evaluate"))
     t = (torch.arange(n) + 0.5) / n
     eps = torch.randn(n, *cfg.shape, generator=generator)
     losses = torch.zeros(n, device=device)  # other ranks' losses stay 0
@@ -443,7 +443,8 @@ def evaluate(model, data, cfg, device, rank, world):
         part = torch.arange(i, min(i + size, n), world)
         x0, y = data.images[part].to(device).float() / 127.5 - 1, data.labels[part].to(device)
         y = null(y, cfg) if cfg.class_dropout == 1 else y
-        losses[part] = loss_per_sample(model, x0, y, t[part].to(device), eps[part].to(device), cfg)
+        loss = loss_per_sample(model, x0, y, t[part].to(device), eps[part].to(device), cfg)
+        losses[part] = loss.view(len(part))
     return losses, t
 
 
@@ -466,7 +467,7 @@ def train(cfg):
     timer.lap("load")
 
     # Model
-    torch.manual_seed(derive_seed(cfg.seed, "init"))
+    common.seed_all(cfg.seed, "init")
     model = build_model(cfg).to(device)
     ema = common.EMA(model, cfg.ema_decay)
     dtype, _ = common.prepare(model, cfg, cfg.steps >= 500 and not 0 < cfg.minutes < 1)
@@ -475,7 +476,8 @@ def train(cfg):
     bf16 = common.supports_bf16(device)
     optimizer = make_optimizer(model, cfg, torch.bfloat16 if bf16 else torch.float32)
     owned = sorted(id(p) for g in optimizer.param_groups for p in g["params"])
-    assert owned == sorted(map(id, model.parameters())), "a parameter is in no optimizer group, or in two"
+    trained = sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert owned == trained, "a parameter is in no optimizer group, or in two"
     more = {"dtype": str(dtype)[6:], "processes": world}
     run.write_config(cfg, f"{METHOD}/{METHOD}_{BACKBONE}", device, data, held_out, model, **more)
     held_out = common.evaluation_set(held_out)
@@ -490,19 +492,26 @@ def train(cfg):
         t = sample_t(u[0], cfg)[batches.rank_slice]
         drop = (u[1] < cfg.class_dropout)[batches.rank_slice]
         y = torch.where(drop.view(-1, *[1] * (y.ndim - 1)), null(y, cfg), y)
-        torch.manual_seed(derive_seed(cfg.seed, "dropout", step, rank))  # of all other random numbers
+        common.seed_all(cfg.seed, "dropout", step, rank)  # of all other random numbers
         return list(zip(*(v.chunk(cfg.grad_accum) for v in (x0, y, t, eps)), strict=True))
 
     # Errors in evaluation and sampling show now and not after hours; the first pass compiles.
     few = replace(held_out, images=held_out.images[:8], labels=held_out.labels[:8])
     evaluate(ema.model, few, cfg, device, rank, world)
     with common.warn_on_os_error("a trial picture"):
-        sample_grid(ema.model, replace(cfg, num_samples=2, sampling_steps=1), device)
-    loss_per_sample(model, *get_batch(run.step)[0], cfg).mean().backward()
+        images, _ = sample_grid(ema.model, replace(cfg, num_samples=2, sampling_steps=1), device)
+        assert images.shape[1] in (1, 3), f"decode() returns {images.shape[1]} channels; pictures have 1 or 3"
+    x0, y, t, eps = batch = get_batch(run.step)[0]
+    alpha, sigma = (c.view(-1, 1, 1, 1) for c in path(t, cfg))
+    x = alpha * x0 + sigma * eps
+    x0_hat, eps_hat = predict(ema.model, x, t, y, cfg)
+    off = (alpha * x0_hat + sigma * eps_hat - x).abs() > 0.01
+    assert not off.any(), "the estimates of predict() do not belong to path(): alpha x0 + sigma eps is not x"
+    loss_per_sample(model, *batch, cfg).mean().backward()
     model.zero_grad()
     run.restore(model, ema, optimizer, timer)  # after the trial, which may change buffers
-    no_copies = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-    net = nn.parallel.DistributedDataParallel(model, **no_copies) if world > 1 else model
+    ddp = functools.partial(nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)
+    net = ddp(model) if world > 1 else model
     timer.lap("startup")
 
     step, start_step, seconds, stopping = run.step, run.step, timer.seconds["train"], False
@@ -527,7 +536,8 @@ def train(cfg):
             part = loss_per_sample(net, *batch, cfg).mean() / cfg.grad_accum
             part.backward()
             loss += part.detach()
-        if step == start_step and (dead := [n for n, p in model.named_parameters() if p.grad is None]):
+        dead = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        if dead and step == 0:
             raise RuntimeError(f"no gradient reaches {', '.join(dead[:3])}; is the module used in forward()?")
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         if world > 1:

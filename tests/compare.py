@@ -112,8 +112,9 @@ def make_contenders(files, variants, folder):
     for name, file, flags in sources:
         script, code = first if file.suffix == ".patch" else file, folder / str(len(contenders))
         code.mkdir(parents=True)
-        for source in (script, script.parent / "common.py"):
-            shutil.copy(source, code)
+        for name_of, content in common.local_files(script).items():
+            (code / name_of).parent.mkdir(parents=True, exist_ok=True)
+            (code / name_of).write_bytes(content)
         if file.suffix == ".patch":
             text = file.read_text()
             changed = {*re.findall(r"^\+\+\+ b/(\S+)", text, re.M)}
@@ -131,7 +132,7 @@ def make_contenders(files, variants, folder):
 
 def code_hash(code):
     """Of the scripts in a folder."""
-    return derive_seed(*(f.read_text() for f in sorted(code.glob("*.py"))))
+    return derive_seed(*(f.read_text() for f in sorted(code.rglob("*.py"))))
 
 
 class Diverged(Exception):
@@ -517,6 +518,8 @@ def compare(files, flags, theirs, variants, new):
         contenders, config, dataset = try_all(new, asked, theirs, flags.sample)
         about = key | {"contenders": contenders, "config": config, "dataset": dataset}
         folder.mkdir(parents=True, exist_ok=True)
+        foreign = [f.name for f in folder.glob("code/*") if not f.name.isdecimal()]
+        require(not foreign, f"{folder}/code is not of a comparison ({foreign[:1]}); set another --out")
         shutil.rmtree(folder / "code", ignore_errors=True)  # of a process killed right here
         os.rename(new / "code", folder / "code")
         text = json.dumps(about, indent=1)

@@ -398,11 +398,21 @@ def test_errors_of_the_user_are_one_line_and_bugs_keep_their_traceback(capsys):
         (OSError(36, "File name too long", "x" * 300), "File name too long: x{300}; use another path .*"),
         (torch.OutOfMemoryError("no memory\nmore"), "no memory; use --grad-accum, .*; to sample, .* --bs"),
         (RuntimeError("[enforce fail] can't allocate memory: 9 bytes"), ".*can't allocate memory.*; use .*"),
+        (OSError(27, "File too large"), "File too large: the run folder; free some space, or .*"),
+        (
+            Exception("I/O error: No space left on device (os error 28)"),
+            "I/O error: .*: the run folder; free .*",
+        ),
     ):
         with pytest.raises(SystemExit) as e, common.exit_on_user_error():
             raise error
         assert e.value.code == 2 and re.fullmatch(f"error: {text}\n", capsys.readouterr().err)
-    for error in (ZeroDivisionError(), RuntimeError("other"), ConnectionRefusedError(111, "about no path")):
+    for error in (
+        ZeroDivisionError(),
+        RuntimeError("other"),
+        ConnectionRefusedError(111, "about no path"),
+        SyntaxError("x", ("a.py", 1, 1, "x")),
+    ):
         with pytest.raises(type(error)), common.exit_on_user_error():
             raise error
 
@@ -434,19 +444,24 @@ def test_a_network_runs_in_its_precision_and_its_blocks_are_compiled():
     assert torch.equal(model(x), before) and torch.equal(copy(x)[0], copy.blocks[0].bias.bfloat16())
 
 
-def test_processes_agree_every_log_every_steps(monkeypatch):
-    """On what any of them says: seconds, and whether a signal came."""
+@pytest.mark.parametrize("pace, when", [(0.1, [1, 4, 7]), (2.0, [1, 3, 5, 7]), (60.0, [*range(1, 8)])])
+def test_processes_agree_every_few_seconds_or_log_every_steps(monkeypatch, pace, when):
+    """On what any of them says: seconds, and whether a signal came; torchrun kills after 30 seconds."""
     asked = []
 
     def all_reduce(tensor, op):
-        asked.append(tensor.tolist())
-        tensor.copy_(torch.maximum(tensor, torch.tensor([1.0, 7.5])))  # another process
+        asked.append(round(tensor[1].item() / pace))
+        tensor.copy_(
+            torch.maximum(tensor, torch.tensor([asked[-1] > 2, tensor[1] + 0.05]))
+        )  # another process
 
     monkeypatch.setattr(common.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(common.dist, "all_reduce", all_reduce)
-    run = SimpleNamespace(cfg=SimpleNamespace(log_every=3), stopping=False, agreed=(False, 1.0))
-    got = [common.Run.sync(run, step, seconds=step) for step in range(1, 7)]
-    assert got == [(False, 1.0)] * 2 + [(True, 7.5)] * 4 and asked == [[0, 3], [0, 6]]
+    run = SimpleNamespace(cfg=SimpleNamespace(log_every=3), stopping=False, agreed=(False, 0, 0), next_sync=0)
+    got = [common.Run.sync(run, step, seconds=step * pace) for step in range(1, 8)]
+    assert asked == when
+    last = [max(w for w in when if w <= step) for step in range(1, 8)]
+    assert got == [(w > 2, pytest.approx(w * pace + 0.05)) for w in last]
 
 
 def test_images_are_saved_as_a_grid_and_an_animation(tmp_path):

@@ -189,12 +189,19 @@ def test_what_cannot_be_sampled_is_found_before_it_is_trained(images, tmp_path, 
     idea = tmp_path / "idea.py"
     text = (ROOT / "rf_dit_cifar.py").read_text()
     idea.write_text(
-        text.replace("return x - t * v, x +", "raise ValueError('unfit')\n    return x - t * v, x +")
+        text.replace(
+            "    t = t.view(-1, 1, 1, 1)\n    return",
+            "    assert torch.is_grad_enabled(), 'unfit'\n    t = t.view(-1, 1, 1, 1)\n    return",
+        )
     )
-    idea.write_text(idea.read_text().replace("sample_grid(ema.model", "(lambda *_: ([], []))(ema.model"))
+    idea.write_text(
+        idea.read_text().replace(
+            "sample_grid(ema.model", "(lambda *_: (torch.zeros(1, 1, 8, 8), []))(ema.model"
+        )
+    )
     (tmp_path / "common.py").write_bytes((ROOT / "common.py").read_bytes())
     words = [ROOT / "rf_dit_cifar.py", idea, "--dataset", images, *TINY, "--out", tmp_path / "out"]
-    with pytest.raises(UserError, match="idea cannot be sampled: ValueError: unfit"):
+    with pytest.raises(UserError, match="idea cannot be sampled: AssertionError: unfit"):
         compare.main([*map(str, words)])
     assert not (tmp_path / "out" / "runs").exists()
 

@@ -667,7 +667,7 @@ def test_the_own_sampler_is_sample_of_the_script(run, main, tmp_path):
     stored = yaml.safe_load(protocol)
     assert stored["solver"] == "own" and stored["nfe"] == 5
     assert stored["set"] == ["sampling_steps=5", "churn=0.5", "clip_x0=false"]
-    name = "run_step_00000040_own_w2_seed0_setsampling_steps=5-churn=0.5-clip_x0=false_numsamples7"
+    name = "run_step_00000040_own_w2_seed0_setsampling_steps=5+churn=0.5+clip_x0=false_numsamples7"
     name += "_dtypefloat32"
     assert names(tmp_path / "100") == [f"{name}.gif", f"{name}.npz", f"{name}.png"]
 

@@ -367,7 +367,7 @@ def test_convnext_sees_three_tokens_far_in_every_direction(fork):
     torch.testing.assert_close(moved[..., 3:-4, 3:-5], model(x, t, y)[..., 3:-4, 3:-5], rtol=1e-4, atol=1e-4)
     assert not any(
         p.ndim == 4
-        for g in script.make_optimizer(model, cfg, torch.float32).param_groups[:1]
+        for g in script.make_optimizer(model.requires_grad_(), cfg, torch.float32).param_groups[:1]
         for p in g["params"]
     )
 
@@ -375,7 +375,7 @@ def test_convnext_sees_three_tokens_far_in_every_direction(fork):
 def test_lion_is_algorithm_2_and_never_applies_what_is_not_finite(fork, train, monkeypatch):
     script = fork("lion")
     cfg, model = tiny(script, weight_decay=0.1)
-    optimizer = script.make_optimizer(model, cfg, torch.float32)
+    optimizer = script.make_optimizer(model.requires_grad_(), cfg, torch.float32)
     assert sorted({g["weight_decay"] for g in optimizer.param_groups}) == [0, 0.1]
     start, momentum = [p.clone() for p in model.parameters()], {}
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
