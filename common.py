@@ -10,7 +10,6 @@ import functools
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -52,9 +51,8 @@ class UserError(Exception):
 @contextlib.contextmanager
 def exit_on_user_error():
     """Turns a UserError, or a path that the system refuses, into one line and exit status 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not under pytest
-            stream.reconfigure(errors="backslashreplace")  # file names may be invalid UTF-8
+    if hasattr(sys.stdout, "reconfigure"):  # not under pytest
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be invalid UTF-8; as stderr does
     try:
         yield
         return
@@ -548,8 +546,7 @@ def list_files(root):
     hidden = re.compile(r"(^|[/\\])(\.(?!\.?[/\\])|__MACOSX|@eaDir|lost\+found)")
 
     def fail(e):  # os.walk would leave out a folder that it may not read
-        if not hidden.search(str(e.filename)[len(str(root)) :]):
-            raise e
+        raise e
 
     if root.is_dir():
         names = []
@@ -559,7 +556,7 @@ def list_files(root):
             for f in [*subfolders]:  # a link to a folder above would never end; a run is not a dataset
                 place = os.path.realpath(f"{folder}/{f}")
                 endless = any(f"{p}/".startswith(f"{place}/") for p in above)
-                if endless or os.path.exists(f"{folder}/{f}/run.yaml"):
+                if endless or hidden.search(f) or os.path.exists(f"{folder}/{f}/run.yaml"):
                     subfolders.remove(f)
     else:  # its files are read one by one and never extracted: no name can lead outside
         try:
@@ -670,9 +667,7 @@ class ImageFiles:
 
     def decode(self, indices):
         """The items of indices. Threads help above 10 kB per file; below, they wait for Python's lock."""
-        large = False
-        with contextlib.suppress(OSError):  # a broken link, which __getitem__ names
-            large = self.file_size(0) > 10_000
+        large = self.file_size(0) > 10_000
         return (THREADS.map if large else map)(self.__getitem__, indices)
 
     def file_size(self, i):
@@ -769,13 +764,10 @@ class Batches:
 
     def indices(self, step):
         """Indices of the images of a step, int64 [bs]."""
-        i, end, parts = step * self.bs, (step + 1) * self.bs, []
-        while i < end:  # a batch may span epochs
-            epoch, k = divmod(i, len(self.labels))
-            order = shuffled(len(self.labels), self.seed, epoch, self.labels.device)
-            parts.append(order[k : k + end - i])
-            i += len(parts[-1])
-        return torch.cat(parts)
+        n, start, end = len(self.labels), step * self.bs, (step + 1) * self.bs
+        epochs = range(start // n, (end - 1) // n + 1)  # a batch may span several
+        orders = [(e * n, shuffled(n, self.seed, e, self.labels.device)) for e in epochs]
+        return torch.cat([order[max(0, start - first) : end - first] for first, order in orders])
 
     def hflip(self, step):
         """Which images of a step are mirrored, bool [bs]."""
@@ -906,12 +898,12 @@ def load_checkpoint(path):
 
 def newest_checkpoint(path):
     """The state in a file, or in the newest undamaged checkpoint of a run. Raises UserError."""
+    run = find_run(path)
     if str(path).endswith(".pt"):
         return load_checkpoint(path)
-    run = find_run(path)
     files = checkpoints(run)[::-1]
     require(files, f"{run} has no checkpoint; run it again with --config {run}/run.yaml")
-    for file, older in itertools.zip_longest(files, files[1:]):
+    for file, older in zip(files, [*files[1:], None], strict=True):
         try:
             return load_checkpoint(file)
         except UserError as e:
@@ -1014,8 +1006,8 @@ class Run:
     """
 
     def __init__(self, cfg, script, rank=0):
-        self.cfg, self.script, self.rank, self.stopping, self.dir = cfg, Path(script), rank, False, None
-        self.step = self.start_step = self.num_skipped = self.bad_steps_in_a_row = 0
+        self.cfg, self.rank, self.stopping, self.dir = cfg, rank, False, None
+        self.step = self.num_skipped = self.bad_steps_in_a_row = 0
         self.seconds, self.agreed, self.next_sync = 0.0, (False, 0.0, 0), 0
         self.pending, self.last, self.checkpoint, self.config = [], {}, None, None
         self.code = local_files(script)  # read now, as it may be edited soon
@@ -1023,14 +1015,13 @@ class Run:
             signal.signal(s, self._stop)
         if not cfg.resume:
             return
+        run = find_run(cfg.resume)
         if rank == 0:
-            self._open(find_run(cfg.resume))
-        log = find_run(cfg.resume) / "metrics" / "loss.jsonl"
-        if not log.exists() and not any(log.parents[1].glob("checkpoints/*.pt")):
+            self._open(run)
+        if not (run / "metrics" / "loss.jsonl").exists() and not any(run.glob("checkpoints/*.pt")):
             return  # it was killed before its first steps were logged: start again
         old = self.checkpoint = newest_checkpoint(cfg.resume)
-        self.step = self.start_step = old["step"]
-        self.seconds, self.num_skipped = old["seconds"], old["skipped"]
+        self.step, self.seconds, self.num_skipped = old["step"], old["seconds"], old["skipped"]
         self.agreed = False, self.seconds, self.step
         done = {"steps": old["step"], "minutes": old["seconds"] / 60}
         limits = {k: getattr(cfg, k, 0) for k in done}
@@ -1065,11 +1056,9 @@ class Run:
         name = f"{name}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
         for suffix in ("", *(f"_{i}" for i in range(2, 100))):  # two runs may start in the same second
             with contextlib.suppress(FileExistsError):
-                (home / f"{name}{suffix}").mkdir(parents=True)
-                break
-        for sub in ("code", "checkpoints", "metrics", "samples"):
-            (home / f"{name}{suffix}" / sub).mkdir()
-        return home / f"{name}{suffix}"
+                for sub in ("code", "checkpoints", "metrics", "samples"):
+                    (home / f"{name}{suffix}" / sub).mkdir(parents=True)
+                return home / f"{name}{suffix}"
 
     def write_config(self, cfg, name, device, data, held_out, model, **more):
         """Makes the run folder NAME_TIME with run.yaml and code, or checks that a resumed run has the
@@ -1176,8 +1165,6 @@ class Run:
 
         progress: fraction of the run completed. Exits with status 1 after ten skipped steps in a row.
         """
-        if not self.pending:
-            return
         numbers = [v.float() for x in self.pending for v in x.values() if torch.is_tensor(v)]
         numbers = iter(torch.stack(numbers).tolist())
         lines = [{k: next(numbers) if torch.is_tensor(v) else v for k, v in x.items()} for x in self.pending]
@@ -1201,7 +1188,7 @@ class Run:
         left = timedelta(seconds=round(self.seconds * (1 - progress) / max(progress, 1e-9)))
         skipped = f"  {self.num_skipped} steps skipped" if self.num_skipped else ""
         print0(f"step {self.step}  loss {self.last['loss']:.4f}  {rate:.0f} images/s  {left} left{skipped}")
-        if left.days > 1 and self.step == self.start_step + 1:
+        if left.days > 1 and self.step == 1:
             print0("note    --minutes 60 trains a complete shorter run, --dim and --depth a smaller model")
 
     def _append(self, name, lines):

@@ -136,8 +136,7 @@ def resolve(flags, config):
         (guided or guidance == 1, "--guidance needs a run with --class-dropout in (0, 1), or --guide; use 1"),
         (not flags.guide or guidance != 1, "--guide has no effect at guidance 1; set --guidance 2"),
         (not flags.guide or flags.solver != "own", "--solver own has no --guide; use another solver"),
-        (class_dropout < 1 or not flags.classes, "--classes: the run is unconditional; leave it out"),
-        (class_dropout < 1 or not typed, "--prompt: the run is unconditional; leave it out"),
+        (class_dropout < 1 or not flags.classes + typed, "the run is unconditional; drop --classes/--prompt"),
         (captions or not typed, "--prompt: the run was trained on classes; use --classes"),
         (not captions or not flags.classes, "--classes: the run was trained on captions; use --prompt"),
         (len(modes) < 2, f"{mode} exclude each other; use one of them"),
@@ -151,7 +150,6 @@ def resolve(flags, config):
         (not unused or flags.solver == "own", f"--set {unused} is for the own sampler; add --solver own"),
         (flags.solver != "own" or not flags.interpolate, "--interpolate has no --solver own; use another"),
         (re.search(r"^$|[^/]\.safetensors$", flags.export), "--export must be a file such as x.safetensors"),
-        (flags.interpolate != 1, "--interpolate is 1; it must be at least 2 images per row"),
         (flags.num_samples <= 1000 or files, f"--num-samples: too many for a picture; use {fewer}"),
         (not modes or WORLD == 1, f"{mode} runs in one process; use torchrun --nproc-per-node=1"),
     ]:
@@ -323,13 +321,7 @@ def load_script(run):
 def load_run(path, flags):
     """RUN or a checkpoint, flags -> (Run, flags resolved). Raises UserError."""
     folder, device = common.find_run(path), common.get_device(flags.device)
-
-    def checkpoint(step, flag):
-        path = folder / "checkpoints" / f"step_{step:08d}.pt"
-        there = ", ".join(str(int(f.stem[5:])) for f in common.checkpoints(folder)) or "none"
-        require(path.exists(), f"the run has no checkpoint of {flag} {step}; there are {there}")
-        return path
-
+    step, guide = (folder / "checkpoints" / f"step_{k:08d}.pt" for k in (flags.step, flags.guide))
     exported = flags.weights not in ("ema", "model")
     text = f"{path} is a checkpoint; leave out --step and --weights FILE, or name the run"
     require(not (str(path).endswith(".pt") and (flags.step or exported)), text)
@@ -337,11 +329,11 @@ def load_run(path, flags):
         require(not flags.step, f"--weights {flags.weights} has a step of its own; leave out --step")
         states = [import_weights(flags.weights)]
     else:
-        states = [common.newest_checkpoint(checkpoint(flags.step, "--step") if flags.step else path)]
+        states = [common.newest_checkpoint(step if flags.step else path)]
     if flags.guide:
         text = f"--guide {flags.guide} is the checkpoint that is sampled; use an earlier one"
         require(flags.guide != states[0]["step"], text)
-        states.append(common.load_checkpoint(checkpoint(flags.guide, "--guide")))
+        states.append(common.newest_checkpoint(guide))
     script = load_script(folder)
     try:
         about = states[0] if exported else yaml.safe_load((folder / "run.yaml").read_text())
@@ -442,25 +434,12 @@ def solve(run, flags, eps, y, noise=None, frames=0):
 
 
 def count_passes(run, flags, y):
-    """(network passes per sample, those on a doubled batch for guidance). After the first of each, networks
-    give what they gave before."""
-    sizes = []
-
-    def counted(forward, given):
-        def count(x, *args, **more):
-            sizes.append(len(x))
-            if len(x) not in given:
-                given[len(x)] = forward(x, *args, **more)
-            return given[len(x)]
-
-        return count
-
-    for model in run.models:
-        model.forward = counted(model.forward, {})
-    eps, noise = noise_of(run, flags, [0])
+    """(network passes per sample, those on a doubled batch for guidance), counted by drawing one sample."""
+    sizes, (eps, noise) = [], noise_of(run, flags, [0])
+    hooks = [m.register_forward_hook(lambda _, x, out: sizes.append(len(x[0]))) for m in run.models]
     solve(run, flags, eps, y[:1], noise)
-    for model in run.models:
-        del model.forward
+    for hook in hooks:
+        hook.remove()
     return len(sizes), sum(n > 1 for n in sizes)
 
 
@@ -470,9 +449,9 @@ def to_images(run, x):
     return torch.cat([run.script.decode(z.to(run.device), run.config).float().cpu() for z in x.split(50)])
 
 
-def draw_grid(run, path, x, frames=(), columns=10):
-    """PATH.png, and PATH.gif of frames like x."""
-    common.save_images(path, to_images(run, x), [to_images(run, v) for v in frames], columns)
+def draw_grid(path, images, frames=(), **more):
+    """common.save_images(), and says so."""
+    common.save_images(path, images, frames, **more)
     common.print0(f"wrote {path}.png" + f" and {path.name}.gif" * bool(frames))
 
 
@@ -527,12 +506,10 @@ def sample(run, flags, y, path):
             common.seed_all(flags.seed, "batch", i)  # for what a model draws
             x, x0s = solve(run, flags, eps, labels, noise, flags.frames * (i == 0))
             images = to_images(run, x)[: num - i]
-            text = f"samples from {i} on are not finite; try --clip-x0 on, or more --steps"
-            require(images.isfinite().all(), text)
+            common.check_finite(images)
             if i == 0:
                 x0s = [to_images(run, x0[:num]) for x0 in x0s]
-                common.save_images(path, images[:shown], x0s, captions=prompts[:bs][:shown])
-                common.print0(f"wrote {path}.png" + f" and {path.name}.gif" * bool(x0s))
+                draw_grid(path, images[:shown], x0s, captions=prompts[:bs][:shown])
             pixels = (images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
             pixels = pixels.permute(0, 2, 3, 1).numpy()
             common.write_atomically(part / f"{i:08d}.npy", lambda f, pixels=pixels: np.save(f, pixels))
@@ -583,12 +560,12 @@ def interpolate(run, flags, y, path):
     """Rows of images between the noise of samples 0 and 1, 2 and 3, ...; each row has one condition."""
     n, rows = flags.interpolate, max(1, flags.num_samples // flags.interpolate)
     ends = noise_of(run, flags, range(2 * rows))[0].unflatten(0, (rows, 2))
-    eps = torch.stack([slerp(a, b, torch.tensor(j / (n - 1))) for a, b in ends for j in range(n)])
+    eps = torch.stack([slerp(a, b, w) for a, b in ends for w in torch.linspace(0, 1, n)])
     y = y[indices_in(y, range(rows))].repeat_interleave(n, 0)
     parts = zip(eps.split(flags.bs), y.split(flags.bs), strict=True)
-    x = torch.cat([solve(run, flags, e, c)[0].cpu() for e, c in parts])
-    frames = list(x.unflatten(0, (rows, n)).unbind(1))
-    draw_grid(run, path, x, (frames + frames[::-1]) * bool(flags.frames), n)
+    images = torch.cat([to_images(run, solve(run, flags, e, c)[0]) for e, c in parts])
+    frames = list(images.unflatten(0, (rows, n)).unbind(1))
+    draw_grid(path, images, (frames + frames[::-1]) * bool(flags.frames), columns=n)
 
 
 @torch.no_grad()
@@ -616,8 +593,8 @@ def invert_images(run, flags, y, path):
     common.print0(f"{len(y)} images, {flags.steps} steps to noise and back, guidance {flags.guidance:g}")
     common.print0(f"RMS error {mse.sqrt():.4f} on [-1, 1] (PSNR {10 * (4 / mse).log10():.1f} dB)")
     common.print0(f"the noise has mean {noise.mean():.3f} and standard deviation {noise.std():.3f}")
-    path = path.with_name(f"{path.name}_invert")
-    draw_grid(run, path, out.transpose(0, 1).flatten(0, 1), columns=12)  # image, noise, image, noise, ...
+    path, rows = path.with_name(f"{path.name}_invert"), out.transpose(0, 1).flatten(0, 1)
+    draw_grid(path, to_images(run, rows), columns=12)  # image, noise, image, noise, ...
 
 
 def compare(run, flags, y, path):
@@ -639,17 +616,14 @@ def compare(run, flags, y, path):
         distance = (x - reference[2]).square().mean().sqrt()
         distance = "" if "eta" in label else f"   RMS distance to {reference[0]}: {distance:.4f}"
         common.print0(f"{label:24} {seconds:7.2f} s{distance}")
-    common.save_images(f"{path}_compare", torch.cat([x for _, _, x in table]), columns=len(indices))
-    common.print0(f"wrote {path}_compare.png")
+    path = path.with_name(f"{path.name}_compare")
+    draw_grid(path, torch.cat([x for _, _, x in table]), columns=len(indices))
 
 
 def output_path(run, flags, given):
     """Where outputs go. The name holds all settings that are not the defaults."""
     folder = Path(given.out) if given.out else run.folder / "samples"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--out {folder} cannot be a folder, because a file is there; use another") from None
+    folder.mkdir(parents=True, exist_ok=True)
     name = f"{run.folder.resolve().name}_" * bool(given.out) + f"step_{run.step:08d}"
     name += f"_{flags.solver}{flags.steps or ''}" * (not given.compare)
     name += f"_w{flags.guidance:g}_seed{flags.seed}"

@@ -174,7 +174,7 @@ def upsample(x):
 
 
 class Attention(nn.Module):
-    """Residual self-attention over the pixels of a feature map."""
+    """Residual self-attention over the pixels of a feature map; called like a block, it ignores emb."""
 
     def __init__(self, channels):
         super().__init__()
@@ -185,7 +185,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 
-    def forward(self, x):
+    def forward(self, x, emb=None):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [B, heads, HW, C / heads]
@@ -229,14 +229,12 @@ class UNet(nn.Module):
         # One-hot, not nn.Embedding: a lookup's gradient is summed in no fixed order when compiled.
         y = F.one_hot(y, self.y_embed.in_features).float()
         emb = F.silu(self.t_embed(common.time_embedding(t, self.t_dim)) + self.y_embed(y))
+        recompute = self.grad_checkpoint and self.training
 
         def run(stage, h):
-            def body(h):
-                h = stage[0](h, emb)
-                return stage[1](h) if len(stage) > 1 else h
-
-            recompute = self.grad_checkpoint and self.training
-            return checkpoint(body, h, use_reentrant=False) if recompute else body(h)
+            for layer in stage:
+                h = checkpoint(layer, h, emb, use_reentrant=False) if recompute else layer(h, emb)
+            return h
 
         h, skips = self.stem(x), []
         for i, level in enumerate(self.down):

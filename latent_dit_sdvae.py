@@ -23,7 +23,6 @@ import os
 import random
 import re
 import shutil
-import time
 import unicodedata
 import warnings
 from collections import Counter
@@ -212,11 +211,6 @@ def vae_batch_size(cfg):
     return max(1, 16 * 32**2 // math.prod(cfg.shape[1:]))
 
 
-def num_downsamples(side):
-    """How often our own VAE halves the resolution."""
-    return 2 if side < 128 else 3
-
-
 def train_vae(data, folder, cfg, device):
     """Trains a small AutoencoderKL on a common.Dataset and saves it in diffusers' format.
 
@@ -226,10 +220,10 @@ def train_vae(data, folder, cfg, device):
     from diffusers import AutoencoderKL
 
     C, side, bs, kl_weight = *data.images.shape[1:3], 64, 1e-3
-    levels = num_downsamples(side)
-    widths = (32, 64, 64, 128)[: levels + 1]
+    widths = (32, 64, 64, 128)[: int(math.log2(side / cfg.shape[-1])) + 1]  # each but the first halves it
     down, up = ([f"{kind}Block2D"] * len(widths) for kind in ("DownEncoder", "UpDecoder"))
-    more = {"latent_channels": 4, "norm_num_groups": 8, "sample_size": side, "mid_block_add_attention": False}
+    more = {"latent_channels": cfg.shape[0], "sample_size": side}
+    more |= {"norm_num_groups": 8, "mid_block_add_attention": False}
     torch.manual_seed(derive_seed(cfg.seed, "vae"))
     vae = AutoencoderKL(C, C, down, up, widths, **more).to(device, memory_format=torch.channels_last)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -240,7 +234,7 @@ def train_vae(data, folder, cfg, device):
     for step in tqdm(range(cfg.vae_steps), "training the VAE", disable=None):
         x = batches(step)[0].contiguous(memory_format=torch.channels_last)
         generator = torch.Generator(device).manual_seed(derive_seed(cfg.seed, "vae noise", step))
-        noise = torch.randn(bs, 4, *[side >> levels] * 2, generator=generator, device=device)
+        noise = torch.randn(bs, *cfg.shape, generator=generator, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             p = vae.encode(x).latent_dist
             recon = vae.decode(p.mean + p.std * noise).sample.float()
@@ -286,7 +280,7 @@ def load_data_and_vae(cfg, device, rank, world):
         common.print0("note    no captions: the names of classes are the captions")
         names = data.classes
         data, held_out = (replace(d, captions=[[names[i]] for i in d.labels]) for d in (data, held_out))
-    levels = num_downsamples(side) if path == "train" else len(vae.config.block_out_channels) - 1
+    levels = (2 if side < 128 else 3) if path == "train" else len(vae.config.block_out_channels) - 1
     near = side // 2**levels * 2**levels
     sizes = " or ".join(str(s) for s in (near, near + 2**levels) if s)
     text = f"the image side ({side}) must be divisible by {2**levels} for this VAE; use --image-size {sizes}"
@@ -359,7 +353,7 @@ def encode_chunks(folder, name, n, encode_part, bs, rank, world):
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{i:08d}.npy" for i in range(0, n, CHUNK)]
-    missing, start = [f for f in files[rank::world] if not is_valid(f)], time.perf_counter()
+    missing = [f for f in files[rank::world] if not is_valid(f)]
     if missing:
         common.print0(f"cache   encoding {len(missing)} of {len(files)} chunks of {name} into {folder}")
     for file in tqdm(missing, f"encoding {name}", disable=rank > 0 or None):
@@ -367,8 +361,6 @@ def encode_chunks(folder, name, n, encode_part, bs, rank, world):
         parts = [encode_part(indices[i : i + bs]).half().cpu() for i in range(0, len(indices), bs)]
         common.write_atomically(file, lambda f, parts=parts: np.save(f, torch.cat(parts).numpy()))
     barrier(world)
-    if missing:
-        common.print0(f"cache   encoded in {time.perf_counter() - start:.1f} s")
     return [np.load(file, mmap_mode="r") for file in files]
 
 
@@ -853,16 +845,15 @@ class Muon(torch.optim.AdamW):
 
 def make_optimizer(model, cfg, dtype):
     """Groups for Muon, and for AdamW with and without weight decay. dtype is that of newton_schulz()."""
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    muon = {n for n, p in named.items() if "blocks." in n and p.ndim == 2}
-    require(muon, "Muon finds no matrix named blocks.*; rename the model's blocks, or use AdamW")
-    rest = [p for n, p in named.items() if n not in muon]
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    named = [(p, "blocks." in n and p.ndim == 2) for n, p in trained.items()]
     groups = [
-        {"params": [named[n] for n in named if n in muon], "base_lr": cfg.muon_lr, "momentum": 0.95},
-        {"params": [p for p in rest if p.ndim > 1], "base_lr": cfg.lr},
-        {"params": [p for p in rest if p.ndim < 2], "base_lr": cfg.lr, "weight_decay": 0.0},
+        {"params": [p for p, matrix in named if matrix], "base_lr": cfg.muon_lr, "momentum": 0.95},
+        {"params": [p for p, matrix in named if not matrix and p.ndim > 1], "base_lr": cfg.lr},
+        {"params": [p for p, _ in named if p.ndim < 2], "base_lr": cfg.lr, "weight_decay": 0.0},
     ]
-    groups = [g for g in groups if g["params"]]
+    text = "Muon finds no matrix named blocks.*; rename the model's blocks, or use AdamW"
+    require(groups[0]["params"], text)
     optimizer = Muon(groups, cfg.lr, (0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
     optimizer.dtype = dtype
     return optimizer
@@ -926,8 +917,7 @@ def train(cfg):
     dtype, _ = common.prepare(model, cfg, cfg.steps >= 500 and not 0 < cfg.minutes < 1)
     # The average is evaluated and sampled, in any batch size: only a long run recovers compiling it, too.
     common.prepare(ema.model, cfg, cfg.steps >= 20_000 and not 0 < cfg.minutes < 30, dynamic=True)
-    bf16 = common.supports_bf16(device)
-    optimizer = make_optimizer(model, cfg, torch.bfloat16 if bf16 else torch.float32)
+    optimizer = make_optimizer(model, cfg, dtype)
     owned = sorted(id(p) for g in optimizer.param_groups for p in g["params"])
     trained = sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert owned == trained, "a parameter is in no optimizer group, or in two"

@@ -412,16 +412,15 @@ class Muon(torch.optim.AdamW):
 
 def make_optimizer(model, cfg, dtype):
     """Groups for Muon, and for AdamW with and without weight decay. dtype is that of newton_schulz()."""
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    muon = {n for n, p in named.items() if "blocks." in n and p.ndim == 2 and cfg.optimizer == "muon"}
-    require(muon or cfg.optimizer != "muon", "Muon finds no matrix named blocks.*; use --optimizer adamw")
-    rest = [p for n, p in named.items() if n not in muon]
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    muon = cfg.optimizer == "muon"
+    named = [(p, muon and "blocks." in n and p.ndim == 2) for n, p in trained.items()]
     groups = [
-        {"params": [named[n] for n in named if n in muon], "base_lr": cfg.muon_lr, "momentum": 0.95},
-        {"params": [p for p in rest if p.ndim > 1], "base_lr": cfg.lr},
-        {"params": [p for p in rest if p.ndim < 2], "base_lr": cfg.lr, "weight_decay": 0.0},
+        {"params": [p for p, matrix in named if matrix], "base_lr": cfg.muon_lr, "momentum": 0.95},
+        {"params": [p for p, matrix in named if not matrix and p.ndim > 1], "base_lr": cfg.lr},
+        {"params": [p for p, _ in named if p.ndim < 2], "base_lr": cfg.lr, "weight_decay": 0.0},
     ]
-    groups = [g for g in groups if g["params"]]
+    require(groups[0]["params"] or not muon, "Muon finds no matrix named blocks.*; use --optimizer adamw")
     optimizer = Muon(groups, cfg.lr, (0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
     optimizer.dtype = dtype
     return optimizer
@@ -473,8 +472,7 @@ def train(cfg):
     dtype, _ = common.prepare(model, cfg, cfg.steps >= 500 and not 0 < cfg.minutes < 1)
     # The average is evaluated and sampled, in any batch size: only a long run recovers compiling it, too.
     common.prepare(ema.model, cfg, cfg.steps >= 20_000 and not 0 < cfg.minutes < 30, dynamic=True)
-    bf16 = common.supports_bf16(device)
-    optimizer = make_optimizer(model, cfg, torch.bfloat16 if bf16 else torch.float32)
+    optimizer = make_optimizer(model, cfg, dtype)
     owned = sorted(id(p) for g in optimizer.param_groups for p in g["params"])
     trained = sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert owned == trained, "a parameter is in no optimizer group, or in two"

@@ -83,8 +83,7 @@ def ours(script, cfg, device, dtype, use_compile):
         if script is ddpm:
             optimizer = script.make_optimizer(model, cfg)
         else:
-            fast = torch.bfloat16 if common.supports_bf16(device) else torch.float32
-            optimizer = script.make_optimizer(model, cfg, fast)
+            optimizer = script.make_optimizer(model, cfg, dtype)
         data = random_images(cfg)
         if script is ld:
             stored = torch.randn(len(data.labels), 1, *cfg.shape).half().numpy()

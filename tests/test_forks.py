@@ -498,7 +498,7 @@ def test_inpaint_keeps_the_known_pixels(solver, fork, train, main, tmp_path, mon
     """And only these; what the network sees of them has the noise of its time."""
     d, seen, pictures = fork("inpaint"), [], []
     monkeypatch.setattr(test_ddim_sample, "d", d)  # of main()
-    monkeypatch.setattr(d, "draw_grid", lambda run, path, x, **_: pictures.append((path, x)))
+    monkeypatch.setattr(d, "draw_grid", lambda path, x, **_: pictures.append((path, x)))
     original = d.load_run
 
     def load_run(*args):

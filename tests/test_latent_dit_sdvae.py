@@ -155,8 +155,10 @@ def test_a_vae_trained_for_half_a_minute(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("side, latent", [(28, 7), (32, 8), (64, 16), (128, 16), (256, 32)])
-def test_num_downsamples_suit_the_size(side, latent):
-    assert side >> ld.num_downsamples(side) == latent
+def test_a_vae_of_its_own_suits_the_size(tmp_path, monkeypatch, side, latent):
+    monkeypatch.setattr(ld, "train_vae", lambda data, folder, *_: small_vae(folder))
+    dataset = str(folder_of_images(tmp_path, 3))
+    assert prepared("train", tmp_path, dataset=dataset, image_size=side)[0].shape == (4, latent, latent)
 
 
 # ------------------------------------------------------------------------------------------------

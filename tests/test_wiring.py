@@ -610,7 +610,7 @@ def test_prompts_are_sampled_and_kept(tmp_path, train, main, capsys):  # noqa: F
         ((run, "--prompts", tmp_path / "empty.txt"), "has no prompt; write one per line"),
         ((run, "--prompts", tmp_path / "none.txt"), "none.txt"),
         ((classes, "--prompt", "a 7"), "--prompt: the run was trained on classes; use --classes"),
-        ((unconditional, "--prompt", "a 7"), "--prompt: the run is unconditional; leave it out"),
+        ((unconditional, "--prompt", "a 7"), "the run is unconditional; drop --classes/--prompt"),
     ]:
         with pytest.raises(SystemExit) as e:
             main(*command, "--steps", 2)
