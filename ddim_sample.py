@@ -77,7 +77,6 @@ class Config:
     data_root: str = ""  # folder of mnist and cifar10 for --invert; default the run's
     # output
     npz: bool = False  # also NAME.npz: uint8 arr_0 [N, H, W, C], labels arr_1, and the settings
-    rgb: bool = False  # three channels in the .npz, also of gray images
     png: bool = False  # also NAME/000000.png, ...
     frames: int = 20  # maximum number of frames of the GIF; 0 = no GIF
     out: str = ""  # output folder; default RUN/samples
@@ -85,7 +84,7 @@ class Config:
     # machine
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = the fastest available
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = as the run was trained
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = for 500 batches or more
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = for 500 passes or more
 
 
 SETTINGS = "eta spacing guidance_interval guide clip_x0 set weights num_samples classes".split()  # in names
@@ -539,8 +538,7 @@ def pack(run, flags, y, path, files, shown, prompts, settings):
     if flags.npz:
         classes = run.conditional and not prompts
         labels = y[indices_in(y, range(num))].numpy() if classes else np.full(num, -1)
-        samples = np.broadcast_to(pixels, (num, H, W, 3)) if flags.rgb else pixels
-        arrays = {"arr_0": samples, "arr_1": labels, "protocol": settings}
+        arrays = {"arr_0": pixels, "arr_1": labels, "protocol": settings}
         arrays |= {"prompts": prompts} if prompts else {}
         common.write_atomically(Path(f"{path}.npz"), lambda f: np.savez(f, **arrays))
         common.print0(f"wrote {path}.npz")
@@ -627,7 +625,7 @@ def output_path(run, flags, given):
     name = f"{run.folder.resolve().name}_" * bool(given.out) + f"step_{run.step:08d}"
     name += f"_{flags.solver}{flags.steps or ''}" * (not given.compare)
     name += f"_w{flags.guidance:g}_seed{flags.seed}"
-    for key in (*SETTINGS, "interpolate", "dtype", "compile", "rgb"):
+    for key in (*SETTINGS, "interpolate", "dtype", "compile"):
         if (value := getattr(given, key)) != getattr(Config(), key):
             value = "+".join(map(str, value)) if isinstance(value, tuple) else value
             name += f"_{key.replace('_', '')}{value}".replace(",", "-").replace("/", "-")

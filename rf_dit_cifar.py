@@ -503,8 +503,9 @@ def train(cfg):
     alpha, sigma = (c.view(-1, 1, 1, 1) for c in path(t, cfg))
     x = alpha * x0 + sigma * eps
     x0_hat, eps_hat = predict(ema.model, x, t, y, cfg)
-    off = (alpha * x0_hat + sigma * eps_hat - x).abs() > 0.01
-    assert not off.any(), "the estimates of predict() do not belong to path(): alpha x0 + sigma eps is not x"
+    gap = (alpha * x0_hat + sigma * eps_hat - x).abs()
+    text = "the estimates of predict() do not belong to path(): alpha x0 + sigma eps is not x"
+    assert not ((gap > 0.01) & gap.isfinite()).any(), text
     loss_per_sample(model, *batch, cfg).mean().backward()
     model.zero_grad()
     run.restore(model, ema, optimizer, timer)  # after the trial, which may change buffers

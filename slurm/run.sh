@@ -64,7 +64,7 @@ elif [ -s "$DIFFUSION_JOB" ]; then
     # With the code and flags that the run has, whatever was edited since; without a checkpoint it starts anew.
     run=$(cat "$DIFFUSION_JOB")
     code=$run/code/$(basename "$script")
-    if [ -f "$code" ] && compgen -G "$run/checkpoints/step_*.pt" >/dev/null; then
+    if [ -f "$code" ] && ls "$run"/checkpoints/step_*.pt >/dev/null 2>&1; then
         set -- "$code" --resume "$run"
     fi
 fi
@@ -99,8 +99,9 @@ done
 wait "$step"
 status=$?
 
-# Or the script alone: some preemptions signal the steps, and not this shell.
-tail --bytes=+$((before + 1)) "$DIFFUSION_JOB_LOG" | grep -q '^stopped by a signal' && stopped=${stopped:-TERM}
+# Or the script alone: some preemptions signal the steps, and not this shell. (grep -q would end before tail does,
+# which fails then.)
+tail --bytes=+$((before + 1)) "$DIFFUSION_JOB_LOG" | grep '^stopped by a signal' >/dev/null && stopped=${stopped:-TERM}
 
 # A cancelled job, or one that Slurm itself queues again, is not RUNNING any more.
 if [ -n "$stopped" ] && [ "$status" != 0 ] && scontrol show job "$job" | grep -q JobState=RUNNING; then

@@ -92,7 +92,8 @@ def split_arguments(argv):
     require(not lost, f"{lost[:1]} is a value of no flag; the contenders of --vary stand together, in quotes")
     several = len(variants) > 1 or "--vary" not in argv
     require(several, '--vary needs the flags of two contenders or more: --vary "--lr 1e-3" "--lr 2e-3"')
-    taken = {w.split("=")[0] for w in theirs} & {"--seed", "--resume", "--config"}
+    every = [*theirs, *sum(map(shlex.split, variants), [])]
+    taken = {w.split("=")[0] for w in every} & {"--seed", "--resume", "--config"}
     require(not taken, f"{' '.join(taken)} differs from run to run; leave it out")
     return files, ours, theirs, variants
 
@@ -205,7 +206,16 @@ def probe(file, config):
     None where loss_per_sample() is called in another way than the trainers do."""
     spec = importlib.util.spec_from_file_location(f"contender_{derive_seed(str(file))}", file)
     script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    beside = {Path(f).with_suffix("").parts[0] for f in common.local_files(file)}
+    ours = {name: sys.modules.pop(name) for name in beside & {*sys.modules}}  # it imports its own
+    sys.path.insert(0, str(file.parent))
+    try:
+        spec.loader.exec_module(script)
+    finally:
+        sys.path.pop(0)
+        for name in [n for n in sys.modules if n.split(".")[0] in beside]:
+            del sys.modules[name]
+        sys.modules.update(ours)
     cfg = script.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
     x0, eps = torch.randn(2, 4, *script.sample_shape(cfg), generator=torch.Generator().manual_seed(0))
     t, losses, flop = torch.tensor([0.1, 0.4, 0.7, 0.9]), None, None
@@ -294,7 +304,7 @@ class Evaluator:
     def __init__(self, config, dataset, cache):
         self.config, self.dataset, self.cache, self.model = config, dataset, cache, None
 
-    def load(self, images, labels):
+    def load(self, images):
         """Classifier, features of the test images, and FD of real images, in place of these samples."""
         name, root, (n, channels, side, _) = *(self.config[k] for k in ("dataset", "data_root")), images.shape
         train_set, test_set = (
@@ -307,6 +317,7 @@ class Evaluator:
         z = quality.read(self.model, test_set.images, self.device)[1].double()
         self.unit, self.truth = z.square().mean().sqrt(), test_set.labels  # features have no scale
         self.z = z / self.unit
+        labels = torch.arange(n) % len(train_set.classes)  # also for samples without
         real = [quality.real_images(train_set, n, labels, g) for _ in range(quality.BASELINES)]
         self.fd = [quality.frechet_distance(self.features(x)[1], self.z) for x in real]
 
@@ -317,7 +328,7 @@ class Evaluator:
     def evaluate(self, file):
         images, labels, _ = quality.load_samples(file)
         if self.model is None:
-            self.load(images, labels)
+            self.load(images)
         seen, z = self.features(images)
         precision, recall = quality.precision_recall(z, self.z)
         fd, apart = (
@@ -340,8 +351,9 @@ def make_cell(folder, contender, seed, flags, theirs, evaluator):
     samples.mkdir(parents=True, exist_ok=True)
     try:
         run = train(folder, contender, seed, theirs)
-        command = [sys.executable, ROOT / "ddim_sample.py", run, f"--seed={seed}", *shlex.split(flags.sample)]
+        command = [sys.executable, ROOT / "ddim_sample.py", run, *shlex.split(flags.sample)]
         command += ["--npz", "--frames=0", f"--num-samples={flags.num_samples}", f"--out={samples}"]
+        command += [f"--seed={seed}"]
         call(command, f"samples of {contender['name']}, seed {seed}")
         (npz,) = samples.glob("*.npz")
         cell = read_run(run, evaluator.dataset) | evaluator.evaluate(npz)
@@ -507,31 +519,30 @@ def compare(files, flags, theirs, variants, new):
     """The whole comparison; `new` is a folder for what is not yet known to work."""
     asked = make_contenders(files, variants, new / "code")
     key = {"asked": asked, "theirs": theirs, "sample": flags.sample, "num_samples": flags.num_samples}
-    key["tools"] = derive_seed(*((ROOT / f).read_text() for f in ("ddim_sample.py", "tests/quality.py")))
+    tools = ("common.py", "ddim_sample.py", "tests/quality.py", "tests/compare.py")
+    key["tools"] = derive_seed(*((ROOT / f).read_text() for f in tools))
     name = re.sub(r"\W+", "_", "_".join(c["name"] for c in asked)).strip("_")
     folder = Path(flags.out or f"logs/compare/{name[:60]}_{derive_seed(key) % 16**8:08x}")
-    if (folder / "about.json").exists():
-        about = json.loads((folder / "about.json").read_text())
-        same = {k: about[k] for k in key} == key
-        require(same, f"{folder} compares other code, flags, samples or metrics; set another --out")
-    else:
+    if not (folder / "about.json").exists():
         contenders, config, dataset = try_all(new, asked, theirs, flags.sample)
-        about = key | {"contenders": contenders, "config": config, "dataset": dataset}
         folder.mkdir(parents=True, exist_ok=True)
-        foreign = [f.name for f in folder.glob("code/*") if not f.name.isdecimal()]
-        require(not foreign, f"{folder}/code is not of a comparison ({foreign[:1]}); set another --out")
-        shutil.rmtree(folder / "code", ignore_errors=True)  # of a process killed right here
-        os.rename(new / "code", folder / "code")
-        text = json.dumps(about, indent=1)
-        common.write_atomically(folder / "about.json", lambda f: f.write(text.encode()))
-    print0(f"folder  {folder}")
-    contenders, evaluator, cells = (
-        about["contenders"],
-        Evaluator(about["config"], about["dataset"], flags.cache),
-        {},
-    )
     with open(folder / "lock", "a") as file:
         require(common.lock(file), f"{folder} is in use by another process; wait for it, or set --out")
+        if not (folder / "about.json").exists():
+            foreign = [f.name for f in folder.glob("code/*") if not f.name.isdecimal()]
+            require(not foreign, f"{folder}/code is not of a comparison ({foreign[:1]}); set another --out")
+            shutil.rmtree(folder / "code", ignore_errors=True)  # of a process killed right here
+            os.rename(new / "code", folder / "code")
+            text = json.dumps(
+                key | {"contenders": contenders, "config": config, "dataset": dataset}, indent=1
+            )
+            common.write_atomically(folder / "about.json", lambda f: f.write(text.encode()))
+        about, cells = json.loads((folder / "about.json").read_text()), {}
+        same = {k: about[k] for k in key} == key
+        require(same, f"{folder} compares other code, flags, samples or metrics; set another --out")
+        print0(f"folder  {folder}")
+        contenders = about["contenders"]
+        evaluator = Evaluator(about["config"], about["dataset"], flags.cache)
         for seed in range(flags.seeds):
             turn = seed % len(contenders)
             for c in contenders[turn:] + contenders[:turn]:
@@ -542,6 +553,9 @@ def compare(files, flags, theirs, variants, new):
             values = [cells[head, s]["FD ratio"] for s in range(seed + 1) if "FD" in cells[head, s]]
             if len(values) > 1 and seed in (1, flags.seeds - 1):
                 print0(power_line(head, values, flags.seeds))
+    judges = {x["classifier"] for x in cells.values() if "classifier" in x}
+    text = f"{folder} was judged by {' and '.join(sorted(judges))}, of two caches; delete its cells of one"
+    require(len(judges) < 2, text)
     by_name = {c["name"]: {s: cells[c["name"], s] for s in range(flags.seeds)} for c in contenders}
     about |= {"seeds": flags.seeds, "cells": by_name, "report": report(contenders, cells)}
     text = json.dumps(about | {"date": str(date.today())}, indent=1)

@@ -450,6 +450,7 @@ def test_processes_agree_every_few_seconds_or_log_every_steps(monkeypatch, pace,
     asked = []
 
     def all_reduce(tensor, op):
+        assert op is common.dist.ReduceOp.MAX
         asked.append(round(tensor[1].item() / pace))
         tensor.copy_(
             torch.maximum(tensor, torch.tensor([asked[-1] > 2, tensor[1] + 0.05]))

@@ -66,15 +66,18 @@ def test_shapes_and_gradients(backbone, more):
 
 def test_grad_checkpoint_changes_memory_alone():
     cfg = Config(width=8, mults=(1, 2))
-    grads = []
+    grads, passes = [], []
     for recompute in (False, True):
         torch.manual_seed(0)
         model = ddpm.build_model(replace(cfg, grad_checkpoint=recompute))
+        for m in model.modules():
+            m.register_forward_pre_hook(lambda *_, recompute=recompute: passes.append(recompute))
         torch.nn.init.normal_(model.head[-1].weight)
         torch.manual_seed(1)
         model(torch.randn(2, 1, 28, 28), torch.rand(2), torch.tensor([0, 1])).square().sum().backward()
         grads.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*grads)
+    assert passes.count(True) > 1.5 * passes.count(False)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -122,6 +125,7 @@ def test_schedule_is_that_of_diffusers(schedule):
     alpha, sigma = ddpm.path(t, cfg)
     torch.testing.assert_close(alpha, theirs.sqrt(), rtol=1e-12 if schedule == "linear" else 1e-4, atol=1e-7)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t), rtol=1e-12, atol=0)
+    torch.testing.assert_close(ddpm.path(t.float(), cfg)[0], alpha.float())  # of times that are not exact
     zero = torch.zeros(1, dtype=torch.float64)
     assert [v.item() for v in ddpm.path(zero, cfg)] == [1, 0]  # t = 0 is data
     if schedule == "linear":  # whatever T is, t = 1 is the same noise
@@ -349,6 +353,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch
     assert state["skipped"] == 3 and muon and {int(x["step"]) for x in adamw} == {7}
     assert all(x["exp_avg_sq"].isfinite().all() for x in adamw)
     assert all(x["momentum"].isfinite().all() for x in muon)
+    monkeypatch.setattr(ddpm, "loss_per_sample", original)
+    run = train(tmp_path, monkeypatch, "--resume", run, "--steps", 11)
+    assert common.newest_checkpoint(run)["skipped"] == 3
 
 
 def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch, capsys):
@@ -411,7 +418,7 @@ def test_minutes_end_a_run_annealed(tmp_path, monkeypatch, capsys):
         train(tmp_path, monkeypatch, "--resume", run, *more)
     assert re.search(r"--minutes is 0.05, but the run has made 0.05\d*; .*, or 0$", capsys.readouterr().err)
     train(tmp_path, monkeypatch, "--resume", run, *more, "--minutes", 0)
-    assert len(lines(run)) == len(log) + 2
+    assert len(lines(run)) == len(log) + 2 and lines(run)[-1]["seconds"] > log[-1]["seconds"]
 
 
 @pytest.mark.parametrize(

@@ -590,7 +590,7 @@ def test_words_of_any_language():
         "été",
     ]
     assert ld.split_words("一只red猫、в_лесу") == ["一", "只", "red", "猫", "в", "лесу"]
-    assert ld.split_words("cafe\u0301") == ["café"]
+    assert ld.split_words("cafe\u0301") == ["café"] and ld.split_words("ねこ") == ["ね", "こ"]
 
 
 def test_words_are_numbered_the_same_in_every_process_and_rare_ones_go(vae_folder, tmp_path):

@@ -106,6 +106,7 @@ def test_variation():
     assert q.variation(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1]), 3) == 0
     assert q.variation(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1]), 3) == 0.25
     assert q.variation(torch.tensor([2]), torch.tensor([0, 1]), 3) == 1
+    assert q.variation(torch.tensor([0, 1]), torch.tensor([2, 3]), 4) == 1
 
 
 def test_nearest_is_in_pixels():

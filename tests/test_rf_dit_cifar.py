@@ -126,6 +126,7 @@ def test_rotary_products_depend_on_the_offset_alone():
         same = [products[r, c, r + dr, c + dc] for r in range(5 - dr) for c in range(5 - dc)]
         torch.testing.assert_close(torch.stack(same), same[0].expand(len(same)), rtol=1e-4, atol=1e-4)
     assert abs(products[0, 0, 1, 0] - products[0, 0, 0, 1]) > 1e-3  # rows and columns differ
+    assert all(abs(products[0, 0, r, c] - products[0, 0, 0, 0]) > 1e-3 for r, c in ((1, 0), (0, 1)))
 
 
 def test_queries_and_keys_are_turned_alike():
