@@ -524,13 +524,13 @@ def compare(files, flags, theirs, variants, new):
     name = re.sub(r"\W+", "_", "_".join(c["name"] for c in asked)).strip("_")
     folder = Path(flags.out or f"logs/compare/{name[:60]}_{derive_seed(key) % 16**8:08x}")
     if not (folder / "about.json").exists():
+        foreign = [f.name for f in folder.glob("code/*") if not f.name.isdecimal()]
+        require(not foreign, f"{folder}/code is not of a comparison ({foreign[:1]}); set another --out")
         contenders, config, dataset = try_all(new, asked, theirs, flags.sample)
         folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a") as file:
         require(common.lock(file), f"{folder} is in use by another process; wait for it, or set --out")
         if not (folder / "about.json").exists():
-            foreign = [f.name for f in folder.glob("code/*") if not f.name.isdecimal()]
-            require(not foreign, f"{folder}/code is not of a comparison ({foreign[:1]}); set another --out")
             shutil.rmtree(folder / "code", ignore_errors=True)  # of a process killed right here
             os.rename(new / "code", folder / "code")
             text = json.dumps(

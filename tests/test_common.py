@@ -6,6 +6,7 @@ import importlib
 import math
 import os
 import platform
+import random
 import re
 import shlex
 import shutil
@@ -279,18 +280,60 @@ def test_types_that_come_back_from_a_run_yaml():
             common._options("Config.x", hint, default)
 
 
+def test_values_of_yaml_that_no_flag_has(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    @dataclass
+    class Switch:
+        flip: Literal["auto", "on", "off"] = "auto"  # as in the scripts
+        out: str = ""  # a folder
+        config: str = ""  # a file
+        resume: str = ""  # a run
+
+    Path("run.yaml").write_text("config: {flip: off}")  # which YAML reads as false
+    monkeypatch.setattr(common, "comments", lambda _: {})
+    assert common.parse(Switch, "", ["--config", "run.yaml"]).flip == "off"
+    for text, match in (
+        ("out: null", "out is None; leave it out"),
+        ("resume: x", "resume is x; leave it out"),
+    ):
+        Path("run.yaml").write_text(f"config: {{{text}}}")
+        with pytest.raises(UserError, match=f"^run.yaml: {match}"):
+            common.parse(Switch, "", ["--config", "run.yaml"])
+
+
+def test_what_is_drawn_without_a_generator_is_seeded():
+    def draw(*key):
+        common.seed_all(*key)
+        return torch.rand(1).item(), np.random.rand(), random.random()
+
+    assert draw(0, "x") == draw(0, "x") and all(a != b for a, b in zip(draw(0), draw(1), strict=True))
+
+
 def test_modules_beside_a_script_belong_to_its_code(tmp_path):
-    (tmp_path / "idea.py").write_text("import common, helper\n")
+    (tmp_path / "idea.py").write_text("import common, helper\nfrom nets.layers import act\n")
+    (tmp_path / "nets" / "deep").mkdir(parents=True)
+    (tmp_path / "nets" / "layers.py").write_text("from . import other, deep\n")
+    (tmp_path / "nets" / "deep" / "__init__.py").write_text("")
     (tmp_path / "helper.py").write_text("import os\n    from deeper import x\n")
     (tmp_path / "deeper.py").write_text("")
     (tmp_path / "other.py").write_text("")
     kept = common.local_files(tmp_path / "idea.py")
-    assert sorted(kept) == ["common.py", "deeper.py", "helper.py", "idea.py"]
+    names = ["common.py", "deeper.py", "helper.py", "idea.py", "nets/deep/__init__.py", "nets/layers.py"]
+    assert sorted(kept) == [*names, "other.py"]
+    (tmp_path / "common.py").write_text("x = 1\n")  # that beside the script is what it imports
+    assert common.local_files(tmp_path / "idea.py")["common.py"] == b"x = 1\n"
+    (tmp_path / "common.py").unlink()
     (tmp_path / "run" / "code").mkdir(parents=True)
     (tmp_path / "run" / "run.yaml").write_text("")
     for name, content in kept.items():
+        (tmp_path / "run" / "code" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / "code" / name).write_bytes(content)
     common.check_code(tmp_path / "run", tmp_path / "idea.py")
+    (tmp_path / "nets" / "layers.py").write_text("")
+    with pytest.raises(UserError, match="^nets/layers.py differs from the run's code"):
+        common.check_code(tmp_path / "run", tmp_path / "idea.py")
+    (tmp_path / "nets" / "layers.py").write_bytes(kept["nets/layers.py"])
     (tmp_path / "helper.py").write_text("import os, deeper  # edited\n")
     with pytest.raises(UserError, match="^helper.py differs from the run's code; use python .*code/idea.py "):
         common.check_code(tmp_path / "run", tmp_path / "idea.py")

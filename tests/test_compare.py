@@ -123,6 +123,14 @@ def test_commands_in_the_readme():
         (["rf_dit_cifar.py", "--vary", "--lr 1", "--flip", "--lr 2"], "is a value of no flag"),
         (["rf_dit_cifar.py", "x.py", "--vary", "--lr 1", "--lr 2"], "--vary is for flags of one script"),
         (["rf_dit_cifar.py", "--seed", "3"], "--seed differs from run to run; leave it out"),
+        (
+            ["rf_dit_cifar.py", "--vary", "--seed 1", "--seed 2"],
+            "--seed differs from run to run; leave it out",
+        ),
+        (
+            ["rf_dit_cifar.py", "--out", "mine"],
+            "mine/code is not of a comparison (['thesis.py']); set another",
+        ),
         (["rf_dit_cifar.py", "--seeds", "0"], "--seeds is 0; it must be at least 1"),
         (["rf_dit_cifar.py", "broken.patch"], "broken.patch does not apply to rf_dit_cifar.py"),
         (["fails.py"], "fails does not train: unknown argument --bs"),
@@ -139,7 +147,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(words, error, images, tmp_path
     (tmp_path / "fails.py").write_text(code + "        raise common.UserError('unknown argument --bs')\n")
     lines = "--- a/rf_dit_cifar.py\n+++ b/rf_dit_cifar.py\n@@ -1,2 +1,2 @@\n not there\n-nor this\n+at all\n"
     (tmp_path / "broken.patch").write_text(lines)
-    before = sorted(tmp_path.iterdir())
+    (tmp_path / "mine" / "code").mkdir(parents=True)
+    (tmp_path / "mine" / "code" / "thesis.py").write_text("years")
+    before = [f for f in sorted(tmp_path.rglob("*")) if f.is_file()]
     with pytest.raises(UserError, match=re.escape(error)):
         compare.main([*words, *(["--dataset", str(images), *TINY] if words[0] != "--record" else [])])
     assert [f for f in sorted(tmp_path.rglob("*")) if f.is_file()] == before
@@ -188,20 +198,14 @@ def test_samples_are_judged_by_the_images_of_the_runs(images):
 def test_what_cannot_be_sampled_is_found_before_it_is_trained(images, tmp_path, capsys):
     idea = tmp_path / "idea.py"
     text = (ROOT / "rf_dit_cifar.py").read_text()
+    old = "    if cfg.class_dropout == 1:  # unconditional\n"
+    text = text.replace(old, f"    raise ValueError('unfit')\n{old}")
     idea.write_text(
-        text.replace(
-            "    t = t.view(-1, 1, 1, 1)\n    return",
-            "    assert torch.is_grad_enabled(), 'unfit'\n    t = t.view(-1, 1, 1, 1)\n    return",
-        )
-    )
-    idea.write_text(
-        idea.read_text().replace(
-            "sample_grid(ema.model", "(lambda *_: (torch.zeros(1, 1, 8, 8), []))(ema.model"
-        )
+        text.replace("sample_grid(ema.model", "(lambda *_: (torch.zeros(1, 1, 8, 8), []))(ema.model")
     )
     (tmp_path / "common.py").write_bytes((ROOT / "common.py").read_bytes())
     words = [ROOT / "rf_dit_cifar.py", idea, "--dataset", images, *TINY, "--out", tmp_path / "out"]
-    with pytest.raises(UserError, match="idea cannot be sampled: AssertionError: unfit"):
+    with pytest.raises(UserError, match="idea cannot be sampled: ValueError: unfit"):
         compare.main([*map(str, words)])
     assert not (tmp_path / "out" / "runs").exists()
 
@@ -223,10 +227,20 @@ def test_interrupted_continued_and_extended(images, tmp_path, monkeypatch, capsy
     """Equal contenders are exactly equal: seeds, order of the images, noise and samples are paired."""
     monkeypatch.setattr(quality, "STEPS", 20)
     out, script = tmp_path / "out", tmp_path / "idea.py"
-    for name, copy in (("rf_dit_cifar.py", script), ("common.py", tmp_path / "common.py")):
-        copy.write_bytes((ROOT / name).read_bytes())
+    script.write_text((ROOT / "rf_dit_cifar.py").read_text() + "import helper\nfrom common import own\n")
+    (tmp_path / "common.py").write_text((ROOT / "common.py").read_text() + "own = 1\n")
+    (tmp_path / "helper.py").write_text("import common\n\nassert common.own\n")
     words = [script, "--vary", "--lr 1e-3", "--lr 0.001 --t-sampling uniform", "--dataset", images, *TINY]
-    words += ["--num-samples", 20, "--sample", "--steps 2", "--out", out, "--cache", tmp_path / "cache"]
+    words += [
+        "--num-samples",
+        20,
+        "--sample",
+        "--steps 2 --seed 9",
+        "--out",
+        out,
+        "--cache",
+        tmp_path / "cache",
+    ]
     words = [*map(str, words), "--seeds", "1"]
     command = [sys.executable, ROOT / "tests/compare.py", *words]
     process = subprocess.Popen(
@@ -263,6 +277,17 @@ def test_interrupted_continued_and_extended(images, tmp_path, monkeypatch, capsy
     flop = compare.probe(script, config)[1]
     assert flop == pytest.approx(flop_by_hand(config), rel=1e-6)
 
+    assert "helper" not in sys.modules and not hasattr(compare.common, "own")
+    with open(out / "lock") as file:
+        assert compare.common.lock(file)
+        with pytest.raises(UserError, match="is in use by another process"):
+            compare.main(words)
+    cell = out / "cells" / "0" / "seed_0.json"
+    text = cell.read_text()
+    cell.write_text(text.replace('"classifier": "', '"classifier": "another-'))
+    with pytest.raises(UserError, match="was judged by .*another-.* and .*; delete its cells of one"):
+        compare.main(words)
+    cell.write_text(text)
     script.write_text(script.read_text() + "# edited\n")
     with pytest.raises(UserError, match="compares other code, flags, samples or metrics"):
         compare.main(words)

@@ -188,8 +188,19 @@ def test_links_are_followed_but_not_to_a_parent(tmp_path):
     folder(tmp_path / "elsewhere", images(dog=25))
     os.symlink(tmp_path / "elsewhere" / "dog", root / "dog")
     os.symlink(root, root / "cat" / "back")
+    os.symlink(tmp_path / "elsewhere" / "dog", root / "cat" / "there")  # and there, a link back
+    os.symlink(root / "cat", tmp_path / "elsewhere" / "dog" / "here")
     train, test = load(root)
-    assert counts(train) == {"cat": 24, "dog": 24} and counts(test) == {"cat": 1, "dog": 1}
+    assert counts(train) == {"cat": 48, "dog": 48} and counts(test) == {"cat": 2, "dog": 2}
+
+
+def test_a_zip_with_two_files_of_one_name(tmp_path):
+    """The first would never be read."""
+    path = pack(tmp_path / "set.zip", images(cat=30))
+    with zipfile.ZipFile(path, "a") as z, pytest.warns(UserWarning, match="Duplicate name"):
+        z.writestr("cat/000.png", noise())
+    with pytest.raises(UserError, match=r"set.zip has 1 names twice \(cat/000.png\); make it again"):
+        load(path)
 
 
 def test_a_zip_made_on_windows(tmp_path, capsys):
@@ -508,6 +519,22 @@ def test_captions_that_cannot_be_read_are_one_line(tmp_path, name, data, match):
 def test_images_without_any_caption_have_none(tmp_path):
     path = folder(tmp_path / "set", images(a=3) | {"metadata.jsonl": b"", "a/000.txt": b" \n"})
     assert common.load_dataset(str(path), captions=True).captions == []
+
+
+def test_captions_of_images_that_are_not_there(tmp_path, capsys):
+    """All of them is a mistake, and not a dataset without captions; other .jsonl files are no captions."""
+    line = b'{"file_name": "000.png", "text": "a cat"}\n'
+    path = folder(
+        tmp_path / "set", images(a=3) | {"a/000.jsonl": line, "captions.jsonl": line, "README.txt": b"x"}
+    )
+    assert common.load_dataset(str(path), captions=True).captions == []
+    assert "ignored in" in (out := capsys.readouterr().out) and "2 .jsonl" in out
+    (path / "metadata.jsonl").write_bytes(line)
+    with pytest.raises(
+        UserError,
+        match=r"none of the 1 captions in metadata.jsonl has an image \(000.png\); write file names",
+    ):
+        common.load_dataset(str(path), captions=True)
 
 
 def test_a_folder_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):

@@ -1003,7 +1003,9 @@ def damaged(run, how):
         ("", "--solver own --interpolate 3", "--interpolate has no --solver own; use another"),
         ("", "--set sampling_steps=9 churn=0.5", "--set sampling_steps is for the .*; add --solver own"),
         ("", "--invert --num-samples 1001", "--num-samples: too many for a picture; use at most 1000"),
-        ("", "--export .", "--export is not the name of a file"),
+        ("", "--export .", "--export must be a file such as x.safetensors"),
+        ("", "--export run.yaml", "--export must be a file such as x.safetensors"),
+        ("", "--guide 40 --guidance 2", "--guide 40 is the checkpoint that is sampled; use an earlier one"),
         ("", "--step 30", "no checkpoint step_00000030.pt; there are step_00000020.pt, step_00000040"),
         ("", "--guide 30 --guidance 2", "no checkpoint step_00000030.pt; there are step_00000020.pt"),
         ("", "--guide 20 --guidance 1", "--guide has no effect at guidance 1"),
@@ -1088,6 +1090,40 @@ def test_a_part_folder_of_other_settings_or_in_use_is_not_touched(run, main, cap
                 main(run, *flags)
             assert message in capsys.readouterr().err and (part / "settings.json").read_text() == "{}"
             assert common.lock(lock)
+
+
+def test_a_checkpoint_that_is_named_twice(run, main, capsys, tmp_path):
+    file = run / "checkpoints" / "step_00000020.pt"
+    main(run, "--export", tmp_path / "x.safetensors")
+    for flags in (("--step", 40), ("--weights", tmp_path / "x.safetensors")):
+        with pytest.raises(SystemExit, match="2"):
+            main(file, *flags)
+        assert "is a checkpoint; leave out --step and --weights FILE" in capsys.readouterr().err
+
+
+def test_what_a_network_draws_is_seeded_and_other_weights_are_noticed(run, main, capsys, tmp_path):
+    code = run / "code" / "my_fork.py"
+    noisy = "self.body(torch.cat([x, *maps], 1)) + torch.randn(1))"  # in eval(), too
+    code.write_text(code.read_text().replace("self.body(torch.cat([x, *maps], 1))", f"({noisy}"))
+    flags, made = ("--num-samples", 6, "--bs", 3, "--steps", 2, "--npz", "--frames", 0), []
+    for seed in (0, 0, 1):
+        main(run, *flags, "--out", tmp_path / str(len(made)), "--seed", seed)
+        made.append(arrays(tmp_path / str(len(made)))[0])
+    assert np.array_equal(made[0], made[1]) and not np.array_equal(made[0], made[2])
+    name = "run_step_00000040_ddim2_w1.5_seed0_numsamples6"
+    part = tmp_path / "0" / f"{name}.part"
+    part.mkdir()
+    (part / "settings.json").write_text(arrays(tmp_path / "0")[2])  # of an interrupted job
+    main(run, *flags, "--out", tmp_path / "0")
+    part.mkdir()
+    (part / "settings.json").write_text(arrays(tmp_path / "0")[2])
+    file = run / "checkpoints" / "step_00000040.pt"
+    state = common.load_checkpoint(file)
+    state["ema"]["body.bias"] += 1
+    torch.save(state, file)
+    with pytest.raises(SystemExit, match="2"):
+        main(run, *flags, "--out", tmp_path / "0")
+    assert "was started with other settings" in capsys.readouterr().err
 
 
 def test_an_unconditional_run_labels_nothing(run, main):

@@ -634,10 +634,14 @@ def test_damaged_newest_checkpoint(whole, tmp_path, monkeypatch, capsys, damage,
 def test_resume_from_an_earlier_checkpoint(whole, tmp_path, monkeypatch, two_threads):
     run = tmp_path / "logs" / "ddpm" / "copy"
     shutil.copytree(whole[0], run)
+    (run / "metrics" / "mine.jsonl").write_text('{"epoch": 1}\n[1, 2]\n')  # a fork's own
+    with open(run / "metrics" / "loss.jsonl", "ab") as f:
+        f.write(b'{"step": 61, "lo\xff')
     train(tmp_path, monkeypatch, "--resume", run / "checkpoints" / "step_00000055.pt")
+    assert (run / "metrics" / "mine.jsonl").read_text() == '{"epoch": 1}\n[1, 2]\n'
     assert same(weights(run), weights(whole[0])) and [x["step"] for x in lines(run)] == list(range(1, 61))
-    old = (run / "metrics" / "loss.jsonl.old").read_text().splitlines()  # nothing is lost
-    assert old == (whole[0] / "metrics" / "loss.jsonl").read_text().splitlines()[55:]
+    *old, torn = (run / "metrics" / "loss.jsonl.old").read_bytes().splitlines()  # nothing is lost
+    assert old == (whole[0] / "metrics" / "loss.jsonl").read_bytes().splitlines()[55:] and b"\xff" in torn
     for name in ("checkpoints/step_00000060.pt", "samples/step_00000060.gif", "samples/step_00000060.png"):
         assert len([*run.glob(f"{name}.*.old")]) == 1 and (run / name).exists()
 

@@ -216,9 +216,12 @@ def test_cache_is_keyed_by_data_size_vae_and_split(vae_folder, tmp_path, monkeyp
     bf16 = common.supports_bf16(CPU)
     monkeypatch.setattr(common, "supports_bf16", lambda d: not bf16)
     folders.append(cached(monkeypatch, cfg, data, vae)[2])
-    monkeypatch.setitem(ld.CODE, "encode", "a fork's")
-    folders.append(cached(monkeypatch, cfg, data, vae)[2])
-    assert len(set(folders)) == 9
+    inverted = replace(data, images=255 - data.images, checksums=data.fingerprint().encode())  # by a fork
+    folders.append(cached(monkeypatch, cfg, inverted, vae)[2])
+    for name in ("encode_dataset", "encode"):
+        monkeypatch.setitem(ld.CODE, name, "a fork's")
+        folders.append(cached(monkeypatch, cfg, data, vae)[2])
+    assert len(set(folders)) == 11
 
 
 @pytest.mark.parametrize("how", ["truncated", "no header", "empty", "gone"])

@@ -1,6 +1,7 @@
 """The second script: its model, method, sampler and optimizer against oracles, and its runs."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -177,7 +178,10 @@ def test_any_head_has_its_angles():
 # Method
 
 
-def test_velocity_and_estimates_are_one_statement():
+@pytest.mark.parametrize("path", [rf.path, lambda t, cfg: ((t * math.pi / 2).cos(), (t * math.pi / 2).sin())])
+def test_velocity_and_estimates_are_one_statement(path, monkeypatch):
+    """... on a fork's path, too."""
+    monkeypatch.setattr(rf, "path", path)
     cfg = Config(guidance=1.0)
     x0, eps, t = torch.randn(5, 1, 4, 4), torch.randn(5, 1, 4, 4), torch.tensor([0.01, 0.3, 0.5, 0.9, 1.0])
     alpha, sigma = (c.view(-1, 1, 1, 1) for c in rf.path(t, cfg))
@@ -670,7 +674,7 @@ def test_sampled_by_its_own_sampler_and_by_ddim_sample(whole, main):  # noqa: F8
     more = ["--set", "solver=heun", "--guidance", 3, "--guidance-interval", 0.1, 0.9, "--num-samples", 10]
     out = main(whole, "--solver", "own", *more)
     assert "NFE 7 network passes per sample, 6 of them doubled" in out
-    assert list((whole / "samples").glob("step_00000060_own_w3_seed0_*0.1-0.9*heun*.gif"))
+    assert list((whole / "samples").glob("step_00000060_own_w3_seed0_*0.1+0.9*heun*.gif"))
     main(whole, "--steps", 4, "--num-samples", 10, "--npz")
     (file,) = (whole / "samples").glob("*.npz")
     assert np.load(file)["arr_0"].shape == (10, 16, 16, 1)

@@ -197,7 +197,7 @@ def test_labels_may_be_sequences(script, train, monkeypatch):
     train(script, "--steps", 20, "--class-dropout", 0.5, "--guidance", 2)
     y = torch.cat([y for training, y in asked if training])
     dropped = (y == -1).all(1)
-    assert y.shape == (22 * 8, 3) and 0.3 < dropped.float().mean() < 0.7  # two of a trial
+    assert y.shape == (21 * 8, 3) and 0.3 < dropped.float().mean() < 0.7  # one step is a trial
     assert (y[~dropped] == y[~dropped][:, :1] + torch.tensor([0, 20, 40])).all()
     last = asked[-1][1]  # of the pictures: ten samples with their condition, and without
     assert last.shape == (20, 3) and last[:10, 0].tolist() == [*range(10)] and (last[10:] == -1).all()
@@ -311,6 +311,63 @@ def test_samplers_never_ask_at_the_end_where_eps_is_undefined(solver):
         x, _ = rf.sample(None, torch.randn(4, 1, 2, 2), torch.zeros(4, dtype=torch.long), cfg)
     torch.testing.assert_close(x, torch.full_like(x, 0.3), atol=1e-5, rtol=0)
     assert min(asked) == pytest.approx({"euler": 0.2, "heun": 0.2, "rk4": 0.05}[solver])
+
+
+@every_script
+def test_forks_that_are_wrong_are_told_at_the_start(script, train, monkeypatch, capsys):
+    """Not after hours, or never."""
+    loss, decode, make = script.loss_per_sample, script.decode, script.make_optimizer
+
+    def wrong(name, value, error, match):
+        with monkeypatch.context() as m:
+            m.setattr(script, name, value)
+            with pytest.raises(error, match=match):
+                train(script, "--steps", 2)
+
+    wrong(
+        "loss_per_sample", lambda *a: loss(*a).mean(), RuntimeError, "shape .* is invalid for input of size 1"
+    )
+    two = lambda *a: decode(*a).repeat(1, 2, 1, 1)  # noqa: E731
+    wrong("decode", two, RuntimeError if script is ld else AssertionError, "got size 2|returns 2 channels")
+
+    def numpy_rates(*a):
+        optimizer = make(*a)
+        optimizer.param_groups[0]["base_lr"] = np.float64(0.01)
+        return optimizer
+
+    monkeypatch.setattr(script, "make_optimizer", numpy_rates)
+    train(script, "--steps", 2, status=2)
+    assert "the optimizer's state could not be loaded again (" in capsys.readouterr().err
+
+
+@every_script
+def test_weights_that_are_frozen_and_gradients_that_are_absent(script, train, monkeypatch):
+    """Some weights of a pretrained network stay as they are, and in some steps others have no gradient."""
+    build, steps = script.build_model, []
+
+    def frozen(cfg):
+        model = build(cfg)
+        model.t_embed.requires_grad_(False)
+        return model
+
+    def absent(optimizer):
+        steps.append(1)
+        if len(steps) % 2 == 0:
+            optimizer.param_groups[0]["params"][0].grad = None
+        return step(optimizer)
+
+    step = script.Muon.step
+    monkeypatch.setattr(script, "build_model", frozen)
+    monkeypatch.setattr(script.Muon, "step", absent)
+    run = train(script, "--steps", 6, "--save-every", 3, "--eval-every", 0)
+    first, last = (common.load_checkpoint(f) for f in sorted((run / "checkpoints").iterdir()))
+    moved = {k for k, v in last["model"].items() if not torch.equal(v, first["model"][k])}
+    assert moved and not any(k.startswith("t_embed") for k in moved)
+    assert any("blocks" in k or "conv" in k for k in moved)
+    losses = [x["loss"] for x in lines(run)]
+    steps[:] = [1] * 3
+    train(script, "--resume", run / "checkpoints" / "step_00000003.pt")
+    assert [x["loss"] for x in lines(run)] == losses
 
 
 @every_script
