@@ -553,8 +553,8 @@ def train(cfg):
             part = loss_per_sample(net, *batch, cfg).mean() / cfg.grad_accum
             part.backward()
             loss += part.detach()
-        dead = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-        if dead and step == 0:
+        some = model.named_parameters() if step == 0 else ()
+        if dead := [n for n, p in some if p.requires_grad and p.grad is None]:
             raise RuntimeError(f"no gradient reaches {', '.join(dead[:3])}; is the module used in forward()?")
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         if world > 1:
