@@ -363,9 +363,12 @@ def test_on_off_flags_alone_mean_on():
 # ---- files
 
 
-def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
-    path = tmp_path / "f"
+def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    path, calls, fsync, rename = tmp_path / "f", [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: calls.append("fsync") or fsync(f))
+    monkeypatch.setattr(os, "replace", lambda *names: calls.append("replace") or rename(*names))
     common.write_atomically(path, lambda f: f.write(b"old"))
+    assert calls == ["fsync", "replace"]  # a power failure leaves one file or the other
 
     def half(f):
         f.write(b"ne")

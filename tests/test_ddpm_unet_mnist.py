@@ -60,6 +60,7 @@ def test_shapes_and_gradients(backbone, more):
         assert not torch.allclose(out, other)  # time, class and image all matter
     torch.testing.assert_close(model(x[1:], t[1:], y[1:]), out[1:])  # samples do not see each other
     model.train()
+    assert torch.equal(model(x, t, y), model(x, t, y)) == (cfg.dropout == 0)
     model(x, t, y).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 

@@ -5,6 +5,7 @@ wired otherwise: another split, another share of null classes, images mirrored b
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -247,12 +248,20 @@ def test_each_group_has_its_learning_rate_warmed_up_and_decayed(script, train, m
         assert ["momentum" in g for g in self.param_groups] == [True, False, False]
         return original(self)
 
+    clip, norms = torch.nn.utils.clip_grad_norm_, []
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda p, norm: norms.append(norm) or clip(p, norm)
+    )
     monkeypatch.setattr(script.Muon, "step", step)
-    run = train(script, "--steps", 10, "--eval-every", 0, "--lr", 0.003, "--muon-lr", 0.05)
+    flags = ["--eval-every", 0, "--lr", 0.003, "--muon-lr", 0.05, "--grad-clip", 0]
+    run = train(script, "--steps", 10, *flags)
+    assert norms == [math.inf] * 10
     scale = [min(1, (i + 1) / 6) * (1 - i / 10) for i in range(10)]
     want = [[0.05 * x, 0.003 * x, 0.003 * x] for x in scale]
     np.testing.assert_allclose(used, want, rtol=1e-9)
     assert [x["lr"] for x in lines(run)] == pytest.approx([0.003 * x for x in scale])
+    log = lines(train(script, "--minutes", 0.02, *flags, logs="minutes"))  # or of its minutes
+    assert log[-1]["seconds"] >= 1.2 and len(log) < 20_000 and log[-1]["lr"] < 0.3 * max(x["lr"] for x in log)
 
 
 # ---- what never happens
