@@ -70,7 +70,7 @@ def exit_on_user_error():
         sys.exit(1)
     except Exception as e:
         path = isinstance(e, OSError) and e.filename
-        full = os.strerror(errno.ENOSPC) in str(e)  # libraries have errors of their own
+        full = os.strerror(errno.ENOSPC) in str(e)  # libraries raise their own exceptions
         full = full or getattr(e, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
         if not (full or path):  # a programming error
             raise
@@ -224,7 +224,7 @@ def derive_seed(*key):
 
 
 def seed_all(*key):
-    """Seeds what is drawn without a generator of its own: by PyTorch, NumPy and Python."""
+    """Seeds the global generators of PyTorch, NumPy and Python."""
     seed = derive_seed(*key)
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
@@ -950,7 +950,7 @@ def commit():
 
 
 def step_of(line):
-    """The step of a line of a log, or infinity if it is torn."""
+    """The step in a line of a log; infinity if the line is incomplete."""
     with contextlib.suppress(ValueError):
         values = json.loads(line)
         return values.get("step", 0) if isinstance(values, dict) else 0

@@ -449,7 +449,7 @@ def to_images(run, x):
 
 
 def draw_grid(path, images, frames=(), **more):
-    """common.save_images(), and says so."""
+    """Saves images with common.save_images() and prints the path."""
     common.save_images(path, images, frames, **more)
     common.print0(f"wrote {path}.png" + f" and {path.name}.gif" * bool(frames))
 
@@ -502,7 +502,7 @@ def sample(run, flags, y, path):
         for i in tqdm(todo[0][RANK::WORLD], unit="batch", disable=RANK > 0 or not sys.stderr.isatty()):
             indices = range(i, i + bs)  # the last batch is full, too: a smaller one would be compiled anew
             (eps, noise), labels = noise_of(run, flags, indices), y[indices_in(y, indices)]
-            common.seed_all(flags.seed, "batch", i)  # for what a model draws
+            common.seed_all(flags.seed, "batch", i)  # in case the model draws random numbers
             x, x0s = solve(run, flags, eps, labels, noise, flags.frames * (i == 0))
             images = to_images(run, x)[: num - i]
             common.check_finite(images)

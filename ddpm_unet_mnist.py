@@ -265,7 +265,7 @@ METHOD = "ddpm"
 def abar_table(schedule, T, device):
     """abar_0 = 1, abar_1, ..., abar_T as float64 [T + 1]."""
     k = torch.arange(T + 1, dtype=torch.float64)
-    if schedule == "linear":  # Ho et al. 2020, sec. 4; with other T, a step is as long as 1000 / T of theirs
+    if schedule == "linear":  # Ho et al. 2020, sec. 4; with other T, one step replaces 1000 / T of theirs
         betas = 1 - (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)) ** (1000 / T)
     else:  # Nichol & Dhariwal 2021, eq. 17
         f = torch.cos((k / T + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -515,7 +515,7 @@ def train(cfg):
         t = sample_t(u[0], cfg)[batches.rank_slice]
         drop = (u[1] < cfg.class_dropout)[batches.rank_slice]
         y = torch.where(drop.view(-1, *[1] * (y.ndim - 1)), null(y, cfg), y)
-        common.seed_all(cfg.seed, "dropout", step, rank)  # of all other random numbers
+        common.seed_all(cfg.seed, "dropout", step, rank)  # for all other random numbers
         return list(zip(*(v.chunk(cfg.grad_accum) for v in (x0, y, t, eps)), strict=True))
 
     # Errors in evaluation and sampling show now and not after hours; the first pass compiles.

@@ -290,7 +290,7 @@ def predict(model, x, t, y, cfg, guidance=1.0, s=None):
         both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null(y, cfg)])).to(x.dtype)
         cond, uncond = both.chunk(2)
         v = uncond + guidance * (cond - uncond)
-    alpha, sigma = (c.view(-1, 1, 1, 1) for c in path(t, cfg))  # x and v = eps - x0 have one solution
+    alpha, sigma = (c.view(-1, 1, 1, 1) for c in path(t, cfg))  # solves x and v = eps - x0 for both
     return (x - sigma * v) / (alpha + sigma), (x + alpha * v) / (alpha + sigma)
 
 
@@ -490,7 +490,7 @@ def train(cfg):
         t = sample_t(u[0], cfg)[batches.rank_slice]
         drop = (u[1] < cfg.class_dropout)[batches.rank_slice]
         y = torch.where(drop.view(-1, *[1] * (y.ndim - 1)), null(y, cfg), y)
-        common.seed_all(cfg.seed, "dropout", step, rank)  # of all other random numbers
+        common.seed_all(cfg.seed, "dropout", step, rank)  # for all other random numbers
         return list(zip(*(v.chunk(cfg.grad_accum) for v in (x0, y, t, eps)), strict=True))
 
     # Errors in evaluation and sampling show now and not after hours; the first pass compiles.

@@ -99,8 +99,8 @@ done
 wait "$step"
 status=$?
 
-# Or the script alone: some preemptions signal the steps, and not this shell. (grep -q would end before tail does,
-# which fails then.)
+# Or the script alone: some preemptions signal the steps, and not this shell. (grep -q would exit at the first match,
+# and tail would fail.)
 tail --bytes=+$((before + 1)) "$DIFFUSION_JOB_LOG" | grep '^stopped by a signal' >/dev/null && stopped=${stopped:-TERM}
 
 # A cancelled job, or one that Slurm itself queues again, is not RUNNING any more.

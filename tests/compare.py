@@ -113,9 +113,9 @@ def make_contenders(files, variants, folder):
     for name, file, flags in sources:
         script, code = first if file.suffix == ".patch" else file, folder / str(len(contenders))
         code.mkdir(parents=True)
-        for name_of, content in common.local_files(script).items():
-            (code / name_of).parent.mkdir(parents=True, exist_ok=True)
-            (code / name_of).write_bytes(content)
+        for path, content in common.local_files(script).items():
+            (code / path).parent.mkdir(parents=True, exist_ok=True)
+            (code / path).write_bytes(content)
         if file.suffix == ".patch":
             text = file.read_text()
             changed = {*re.findall(r"^\+\+\+ b/(\S+)", text, re.M)}
@@ -317,7 +317,7 @@ class Evaluator:
         z = quality.read(self.model, test_set.images, self.device)[1].double()
         self.unit, self.truth = z.square().mean().sqrt(), test_set.labels  # features have no scale
         self.z = z / self.unit
-        labels = torch.arange(n) % len(train_set.classes)  # also for samples without
+        labels = torch.arange(n) % len(train_set.classes)  # the same for samples without labels
         real = [quality.real_images(train_set, n, labels, g) for _ in range(quality.BASELINES)]
         self.fd = [quality.frechet_distance(self.features(x)[1], self.z) for x in real]
 
